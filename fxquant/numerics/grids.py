@@ -1,0 +1,58 @@
+"""From a real range to a grid: scale and zero point that cover [low, high], hold 0 exactly and obey the spec's limits.
+
+    asymmetric   s = (high - low) / (qmax - qmin)             z = clip(rint(qmin - low / s), qmin, qmax)
+    symmetric    s = max(|low| / -qmin, |high| / qmax)        z = 0   (an unsigned symmetric grid has z in its middle)
+
+with low <= 0 <= high (so that 0 is on the grid: zero padding is exact), in float64, the scale then rounded to float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxquant.errors import SpecError
+from fxquant.spec import QuantSpec
+
+SMALLEST_SCALE = 2.0**-60  # the product of two such scales is still a normal float32
+CONSTANT_ZERO_SCALE = 1.0  # a tensor that is 0 everywhere is exact at any scale
+
+
+def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32) and zero point (int64), of the shape of `low` and `high`, for a spec of up to 16 bits."""
+    low64, high64 = _within_limits(low.double(), high.double(), spec)
+    zero_point = fixed_zero_point(spec)
+    if zero_point is None:
+        scale = _positive((high64 - low64) / spec.steps)
+        found = torch.clamp(torch.round(spec.qmin - low64 / scale.double()), spec.qmin, spec.qmax).to(torch.int64)
+        return scale, found
+    below, above = zero_point - spec.qmin, spec.qmax - zero_point
+    need_below = -low64 / below if below else torch.zeros_like(low64)
+    need_above = high64 / above if above else torch.zeros_like(high64)
+    scale = _positive(torch.maximum(need_below, need_above))
+    return scale, torch.full_like(scale, zero_point, dtype=torch.int64)
+
+
+def fixed_zero_point(spec: QuantSpec) -> int | None:
+    """The zero point that a spec prescribes: its limit's, 0 or the middle of the grid if symmetric, else None."""
+    if spec.limits.zero_point is not None:
+        return spec.limits.zero_point
+    if not spec.symmetric:
+        return None
+    return 0 if spec.signed else (spec.qmax + 1) // 2
+
+
+def _within_limits(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise SpecError("range", expected="finite bounds", got=f"[{low}, {high}]")
+    if spec.fixed is not None:
+        low, high = torch.full_like(low, spec.fixed[0]), torch.full_like(high, spec.fixed[1])
+    if spec.limits.low is not None:
+        low = low.clamp(min=spec.limits.low)
+    if spec.limits.high is not None:
+        high = high.clamp(max=spec.limits.high)
+    return low.clamp(max=0.0), high.clamp(min=0.0)
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    floored = scale.clamp(min=SMALLEST_SCALE)
+    return torch.where(scale == 0, torch.full_like(scale, CONSTANT_ZERO_SCALE), floored).to(torch.float32)
