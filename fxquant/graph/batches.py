@@ -1,0 +1,74 @@
+"""One batch of a loader (a tensor, a tuple or list, a dict of keywords) as the arguments of a program."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Mapping
+
+import torch
+from torch import fx
+from torch.fx import _pytree as fx_pytree
+from torch.fx.graph import _PyTreeCodeGen
+
+from fxquant.errors import FxquantError
+from fxquant.graph.program import Program
+
+Batch = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+
+
+def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as positional and keyword arguments: a tensor is one argument, a tuple or list several, a dict keywords."""
+    if isinstance(batch, torch.Tensor):
+        return (batch,), {}
+    if isinstance(batch, (tuple, list)):
+        return tuple(batch), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    raise FxquantError("batch", expected="a tensor, a tuple or list of tensors, or a dict of keywords", got=type(batch).__name__)
+
+
+def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:
+    """What each placeholder of the graph gets for `batch`, by placeholder name, in graph order.
+
+    Raises FxquantError if the batch does not fit the program's signature, or a tensor its placeholder's dtype or rank.
+    """
+    args, kwargs = as_arguments(batch)
+    signature = inspect.signature(program.module.forward)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as err:
+        raise FxquantError("batch", expected=f"arguments {signature}", got=str(err)) from err
+    leaves = _flatten(program, list(bound.arguments.values()))
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    if len(leaves) != len(placeholders):
+        raise FxquantError("batch", expected=f"{len(placeholders)} values", got=f"{len(leaves)}")
+    for node, leaf in zip(placeholders, leaves):
+        _check(node, leaf)
+    return {node.name: leaf for node, leaf in zip(placeholders, leaves)}
+
+
+def _flatten(program: Program, values: list[Any]) -> list[Any]:
+    codegen = program.graph._codegen
+    if not isinstance(codegen, _PyTreeCodeGen) or codegen.pytree_info is None:
+        return values
+    spec = codegen.pytree_info.in_spec
+    takes_keywords = spec.num_children == 2 and spec.child(0).type is tuple and spec.child(1).type is dict
+    if not takes_keywords:
+        return list(fx_pytree.tree_flatten_spec(values, spec))
+    count = spec.child(0).num_children
+    keywords = dict(zip(spec.child(1).context, values[count:]))
+    return list(fx_pytree.tree_flatten_spec((tuple(values[:count]), keywords), spec))
+
+
+def _check(node: fx.Node, leaf: Any) -> None:
+    expected = node.meta.get("type")
+    if expected is None or not isinstance(leaf, torch.Tensor):
+        return
+    if leaf.dtype != expected.dtype or leaf.ndim != len(expected.shape):
+        got = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        raise FxquantError(f"batch: input '{node.name}'", expected=str(expected), got=got)
+    fixed = [(axis, size) for axis, size in enumerate(expected.shape) if isinstance(size, int)]
+    wrong = [axis for axis, size in fixed if leaf.shape[axis] != size]
+    if wrong:
+        got = f"{list(leaf.shape)} (axis {wrong[0]})"
+        raise FxquantError(f"batch: input '{node.name}'", expected=str(expected), got=got)

@@ -1,0 +1,232 @@
+"""Pipelines: TOML files that say which passes run before calibration or training, and which after it.
+
+target = "onnxruntime-x64"                   # fxquant.spec.Target, by value
+catalogue = "fxquant.passes:CATALOG"         # a dict of pass classes by name; your own is as good as ours
+
+[[prepare]]
+pass = "assign-specs"                        # every other key is an option: a field of the pass
+activation = { bits = 8, signed = false }
+
+[[finalize]]
+pass = "settle-encodings"
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from fxquant.errors import ConfigError, PassError, nearest
+from fxquant.graph.batches import Batch
+from fxquant.graph.manager import PassManager
+from fxquant.graph.options import decode, decode_dataclass, encode
+from fxquant.graph.passes import Pass
+from fxquant.graph.program import Program, Stage
+from fxquant.graph.trace import PassTrace
+from fxquant.spec import Target
+
+DEFAULT_CATALOGUE = "fxquant.passes:CATALOG"
+CONFIGS = "fxquant.configs"
+_KEYS = ("target", "catalogue", "prepare", "finalize")
+
+
+class Pipeline:
+    """Two lists of passes, with the caller's calibration or training between them.
+
+    Arguments:
+        prepare: passes from the captured program to one that can be calibrated or trained.
+        finalize: passes from there to one that can be lowered.
+        target: the runtime whose rules the passes obey.
+        name: for messages.
+        catalogue: where `to_toml` says that the passes come from.
+    """
+
+    def __init__(
+        self,
+        prepare: PassManager,
+        finalize: PassManager,
+        target: Target = Target.ONNXRUNTIME_X64,
+        name: str = "pipeline",
+        catalogue: str = DEFAULT_CATALOGUE,
+    ) -> None:
+        self.prepare_passes = prepare
+        self.finalize_passes = finalize
+        self.target = target
+        self.name = name
+        self.catalogue = catalogue
+
+    def prepare(self, program: Program, check_inputs: Batch | None = None) -> PassTrace:
+        """Set the program's target, then run the prepare passes on it, in place (see PassManager.run)."""
+        before = program.target
+        program.target = self.target
+        try:
+            return self.prepare_passes.run(program, check_inputs)
+        except PassError:
+            if program.stage is Stage.CAPTURED:
+                program.target = before
+            raise
+
+    def finalize(self, program: Program, check_inputs: Batch | None = None) -> PassTrace:
+        """Run the finalize passes on a calibrated or trained program, in place."""
+        if program.target is not self.target:
+            raise PassError(
+                f"pipeline '{self.name}' cannot finalize",
+                expected=f"a program prepared for {self.target.value}",
+                got=f"one prepared for {program.target.value}",
+                remedy="Finalize with the pipeline that prepared it.",
+            )
+        return self.finalize_passes.run(program, check_inputs)
+
+    def make_pass(self, name: str) -> Pass:
+        """The pass called `name` of the pipeline's catalogue, with its options at their defaults."""
+        known = _import_catalogue(self.catalogue, f"pipeline '{self.name}'")
+        if name not in known:
+            raise ConfigError(f"unknown pass '{name}'", place=self.catalogue, remedy=nearest(name, known))
+        return known[name]()
+
+    def to_toml(self) -> str:
+        """The pipeline as a file that `load_pipeline` reads back; options at their defaults are left out."""
+        lines = [f"target = {_toml(self.target.value)}", f"catalogue = {_toml(self.catalogue)}"]
+        for section, passes in (("prepare", self.prepare_passes), ("finalize", self.finalize_passes)):
+            for item in passes:
+                lines += ["", f"[[{section}]]", f"pass = {_toml(item.name)}"]
+                lines += [f"{_key(key)} = {_toml(value)}" for key, value in encode(item).items()]
+        return "\n".join(lines) + "\n"
+
+    def __repr__(self) -> str:
+        return f"Pipeline('{self.name}', {self.target.value}, {len(self.prepare_passes)} + {len(self.finalize_passes)} passes)"
+
+
+def load_pipeline(name_or_path: str | os.PathLike[str]) -> Pipeline:
+    """Read a pipeline: a packaged name ("int8_per_channel", see `packaged_pipelines`) or the path of a TOML file.
+
+    Raises ConfigError naming the file, the key and what is accepted, if the file is missing, is not TOML, or holds an unknown
+    pass, key, value, type, catalogue or order of passes.
+    """
+    text = os.fspath(name_or_path)
+    if text in packaged_pipelines():
+        source = resources.files(CONFIGS).joinpath(f"{text}.toml")
+        return parse_pipeline(source.read_text(encoding="utf-8"), text, place=f"{text}.toml")
+    path = Path(text)
+    if path.suffix != ".toml" and not path.exists():
+        remedy = f"{nearest(text, packaged_pipelines())} Or give the path of a .toml file."
+        raise ConfigError(f"pipeline '{text}' is unknown", remedy=remedy)
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise ConfigError("pipeline cannot be read", place=text, expected="a TOML file", got=str(err)) from err
+    return parse_pipeline(content, path.stem, place=text)
+
+
+def packaged_pipelines() -> list[str]:
+    """Names of the pipelines that come with fxquant."""
+    files = resources.files(CONFIGS).iterdir()
+    return sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml"))
+
+
+def parse_pipeline(text: str, name: str, *, place: str) -> Pipeline:
+    """A pipeline from the text of a TOML file; `place` names the file in messages."""
+    try:
+        content = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise ConfigError("pipeline is not TOML", place=place, got=str(err)) from err
+    for key in content:
+        if key not in _KEYS:
+            raise ConfigError(f"unknown key '{key}'", place=place, remedy=nearest(key, _KEYS))
+    target = decode(Target, content.get("target", Target.ONNXRUNTIME_X64.value), f"{place}: target")
+    catalogue = decode(str, content.get("catalogue", DEFAULT_CATALOGUE), f"{place}: catalogue")
+    known = _import_catalogue(catalogue, f"{place}: catalogue")
+    prepare = _manager(content.get("prepare", []), "prepare", known, place)
+    finalize = _manager(content.get("finalize", []), "finalize", known, place)
+    _check_starts(prepare, finalize, place)
+    return Pipeline(prepare, finalize, target, name, catalogue)
+
+
+def _import_catalogue(text: str, place: str) -> Mapping[str, type[Pass]]:
+    module, separator, attribute = text.partition(":")
+    if not (module and separator and attribute):
+        raise ConfigError("catalogue", place=place, expected='"module:ATTRIBUTE"', got=repr(text))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except ImportError as err:
+        remedy = "Install the module, or put its folder on PYTHONPATH."
+        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=str(err), remedy=remedy) from err
+    except AttributeError as err:
+        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=str(err)) from err
+    is_catalogue = isinstance(found, Mapping) and all(
+        isinstance(kind, type) and issubclass(kind, Pass) and key == kind.name for key, kind in found.items()
+    )
+    if not is_catalogue:
+        got = f"{type(found).__name__} in '{text}'"
+        raise ConfigError("catalogue", place=place, expected="a dict of pass classes by their names", got=got)
+    catalogue: Mapping[str, type[Pass]] = found
+    return catalogue
+
+
+def _manager(tables: Any, section: str, catalogue: Mapping[str, type[Pass]], place: str) -> PassManager:
+    if not isinstance(tables, list):
+        raise ConfigError(f"key '{section}'", place=place, expected=f"[[{section}]] tables", got=type(tables).__name__)
+    passes = [_pass(table, catalogue, f"{place}: {section}[{index}]") for index, table in enumerate(tables)]
+    try:
+        return PassManager(passes)
+    except PassError as err:
+        raise ConfigError(
+            err.thing, place=f"{place}: {section}", expected=err.expected, got=err.got, remedy=err.remedy
+        ) from err
+
+
+def _pass(table: Any, catalogue: Mapping[str, type[Pass]], place: str) -> Pass:
+    if not isinstance(table, Mapping) or not isinstance(table.get("pass"), str):
+        raise ConfigError("pass entry", place=place, expected='a table with pass = "<name>"', got=repr(table))
+    name = table["pass"]
+    if name not in catalogue:
+        raise ConfigError(f"unknown pass '{name}'", place=place, remedy=nearest(name, catalogue))
+    options = {key: value for key, value in table.items() if key != "pass"}
+    item = decode_dataclass(catalogue[name], options, f"{place} {name}")
+    assert isinstance(item, Pass)
+    return item
+
+
+def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> None:
+    """Capture hands its programs to prepare, and calibration (or prepare, where nothing is calibrated) hands them to finalize."""
+    if Stage.CAPTURED not in prepare.entries:
+        first = next(iter(prepare)).name
+        raise ConfigError(
+            f"prepare cannot start with '{first}'",
+            place=place,
+            expected="passes that a captured program can start with",
+            got=f"'{first}', which runs at {' or '.join(map(str, next(iter(prepare)).stages))}",
+        )
+    left = prepare.stage_after(Stage.CAPTURED)
+    handed = (left, Stage.CALIBRATED) if left is Stage.INSERTED else (left,)
+    if not any(stage in finalize.entries for stage in handed):
+        raise ConfigError(
+            f"finalize cannot start with '{next(iter(finalize)).name}'",
+            place=place,
+            expected=f"passes that run at {' or '.join(map(str, handed))}, which prepare and calibration leave",
+            got=f"passes that start at {' or '.join(map(str, finalize.entries))}",
+        )
+
+
+def _key(text: str) -> str:
+    return text if text.replace("_", "").replace("-", "").isalnum() and text.isascii() else json.dumps(text)
+
+
+def _toml(value: Any) -> str:
+    """A plain value as TOML; tables are written inline."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, Mapping):
+        pairs = ", ".join(f"{_key(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None)
+        return f"{{ {pairs} }}" if pairs else "{}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    return repr(value)

@@ -1,0 +1,248 @@
+"""Program: one torch.fx graph, the stage it is at, and what is known about it.
+
+Nothing else holds state: specs and types are in `node.meta`, encodings in the FakeQuant submodules.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import torch
+from torch import fx
+
+from fxquant.errors import FxquantError, nearest
+from fxquant.graph.module import ProgramModule, graph_to_records
+from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant
+from fxquant.spec import QuantSpec, Target
+
+FAKE_QUANTS = "fake_quants"
+
+
+class Stage(IntEnum):
+    """How far a program has come; each pass says at which stages it runs and which one it leaves."""
+
+    CAPTURED = 0
+    ASSIGNED = 1
+    INSERTED = 2
+    CALIBRATED = 3
+    FINALIZED = 4
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+class NoteKind(Enum):
+    """What a note is about."""
+
+    GUARD = "guard"  # a decision that capture took from shapes
+    STATIC_BATCH = "static batch"  # why the batch could not stay dynamic
+    LOST_IN_EVAL = "lost in eval"  # what exists only in training mode in the user's code
+    FROZEN_STATE = "frozen state"  # functional batch norm, train() overrides
+    FLOAT = "float"  # what stays in float, and why
+    BIAS = "bias"  # a weight scale that was raised for its bias
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Note:
+    """One thing a user should know: `place` is a node name or module path, "" for the whole program."""
+
+    kind: NoteKind
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.kind.value}: {self.place}: {self.text}" if self.place else f"{self.kind.value}: {self.text}"
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """Shape and dtype of a tensor value; a symbolic size is its expression ("s0", "2*s0")."""
+
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the value is of a floating dtype."""
+        return self.dtype.is_floating_point
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+def value_type(node: fx.Node) -> ValueType | None:
+    """Type of a node's single tensor output; None for scalars, tuples and what is not a tensor."""
+    found = node.meta.get("type")
+    return found if isinstance(found, ValueType) else None
+
+
+def input_slots(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a node's args, then kwargs, in order and with duplicates: slot i is the i-th."""
+    slots: list[fx.Node] = []
+
+    def visit(leaf: fx.Node) -> fx.Node:
+        slots.append(leaf)
+        return leaf
+
+    fx.node.map_arg((node.args, node.kwargs), visit)
+    return slots
+
+
+def describe(node: fx.Node) -> str:
+    """A node's place for messages: "BatchNorm2d at layer1.bn1, model.py:31"."""
+    kind = node.meta.get("module_class", "") or str(node.target)
+    path = node.meta.get("module_path", "")
+    source = node.meta.get("source", "")
+    where = f"{kind} at {path}" if path else kind
+    return f"{where}, {source}" if source else where
+
+
+def input_spec(node: fx.Node, slot: int) -> QuantSpec | None:
+    """The spec that `node` wants for its input slot `slot`."""
+    specs: Mapping[int, QuantSpec] = node.meta.get("input_specs", {})
+    return specs.get(slot)
+
+
+def output_spec(node: fx.Node) -> QuantSpec | None:
+    """The spec that a node's own output is to have."""
+    spec: QuantSpec | None = node.meta.get("output_spec")
+    return spec
+
+
+class Program:
+    """A captured model: `module` computes, `graph` is what passes rewrite (through a Rewriter only)."""
+
+    def __init__(
+        self,
+        module: ProgramModule,
+        *,
+        name: str = "model",
+        stage: Stage = Stage.CAPTURED,
+        target: Target = Target.ONNXRUNTIME_X64,
+        notes: tuple[Note, ...] = (),
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.stage = stage
+        self.target = target
+        self.notes = notes
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The torch.fx graph of `module`."""
+        return self.module.graph
+
+    def node(self, name: str) -> fx.Node:
+        """The node called `name`; an unknown name is an error with the nearest one."""
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise FxquantError(f"node '{name}' is not in the graph", remedy=nearest(name, (n.name for n in self.graph.nodes)))
+
+    def submodule(self, node: fx.Node) -> torch.nn.Module:
+        """The module that a call_module node calls."""
+        assert node.op == "call_module", node.format_node()
+        return self.module.get_submodule(str(node.target))
+
+    def tensor(self, node: fx.Node) -> torch.Tensor:
+        """The parameter or buffer that a get_attr node reads."""
+        assert node.op == "get_attr", node.format_node()
+        value: Any = self.module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def fake_quant(self, node: fx.Node) -> FakeQuant | None:
+        """The FakeQuant that `node` calls, or None if it calls none."""
+        if node.op != "call_module":
+            return None
+        module = self.submodule(node)
+        return module if isinstance(module, FakeQuant) else None
+
+    def bias_fake_quant(self, node: fx.Node) -> BiasFakeQuant | None:
+        """The BiasFakeQuant that `node` calls, or None if it calls none."""
+        if node.op != "call_module":
+            return None
+        module = self.submodule(node)
+        return module if isinstance(module, BiasFakeQuant) else None
+
+    def fake_quant_nodes(self) -> Iterator[tuple[fx.Node, FakeQuant]]:
+        """Every node that calls a FakeQuant (weights and activations; not biases), in graph order."""
+        for node in self.graph.nodes:
+            module = self.fake_quant(node)
+            if module is not None:
+                yield node, module
+
+    def bias_nodes(self) -> Iterator[tuple[fx.Node, BiasFakeQuant]]:
+        """Every node that calls a BiasFakeQuant, in graph order."""
+        for node in self.graph.nodes:
+            module = self.bias_fake_quant(node)
+            if module is not None:
+                yield node, module
+
+    def link_biases(self) -> None:
+        """Point every BiasFakeQuant at the two FakeQuants that its node names: the graph is the truth."""
+        for node, module in self.bias_nodes():
+            _, x_node, weight_node = node.args
+            assert isinstance(x_node, fx.Node) and isinstance(weight_node, fx.Node)
+            x_quant, weight_quant = self.fake_quant(x_node), self.fake_quant(weight_node)
+            assert x_quant is not None and weight_quant is not None
+            module.link(x_quant, weight_quant)
+
+    def recompile(self) -> None:
+        """Make `module` compute what the graph says; the manager calls it after a pass that edited."""
+        self.link_biases()
+        self.module.recompile()
+
+    def add_note(self, note: Note) -> None:
+        """Keep a note, once."""
+        if note not in self.notes:
+            self.notes = (*self.notes, note)
+
+    def copy(self) -> Program:
+        """A copy that shares nothing with this one."""
+        twin = Program(copy.deepcopy(self.module), name=self.name, stage=self.stage, target=self.target, notes=self.notes)
+        twin.link_biases()
+        return twin
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of graph, parameters, buffers and encodings; the ONNX file that is lowered from it carries it."""
+        digest = hashlib.sha256()
+        digest.update(json.dumps(graph_to_records(self.graph), sort_keys=True, default=str).encode())
+        for key, tensor in sorted(self.module.state_dict().items()):
+            raw = tensor.detach().cpu().contiguous().flatten()
+            digest.update(f"{key}:{raw.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+        return digest.hexdigest()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the program to one file (fxquant.load_program reads it); a kill midway leaves the old file."""
+        from fxquant.graph.storage import save_program
+
+        save_program(self, Path(path))
+
+    def diff(self, other: Program) -> str:
+        """A unified diff of the two printed graphs; "" when they are the same."""
+        from fxquant.graph.render import diff
+
+        return diff(self, other)
+
+    def draw(self, path: str | os.PathLike[str]) -> None:
+        """Draw the graph to `path` (.svg or .dot): integer and float islands in different colours."""
+        from fxquant.graph.draw import draw
+
+        draw(self, Path(path))
+
+    def __str__(self) -> str:
+        from fxquant.graph.render import render
+
+        return render(self)

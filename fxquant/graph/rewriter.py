@@ -1,0 +1,325 @@
+"""The only editor of a graph: it records every edit, and every near miss with its reason."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Sequence
+
+import torch
+from torch import fx
+
+from fxquant.errors import PassError
+from fxquant.graph.program import FAKE_QUANTS, Note, Program, ValueType, describe
+from fxquant.graph.snapshot import NodeState, node_state
+from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One recorded edit: what was done ("erase", "create", ...), to which node or tensor, in words."""
+
+    action: str
+    subject: str
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.subject}" + (f": {self.text}" if self.text else "")
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A near miss: the node that a pass looked at and left alone, and why."""
+
+    node: str
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.node} ({self.place}): {self.reason}"
+
+
+class Rewriter:
+    """Edits one program on behalf of one pass."""
+
+    def __init__(self, program: Program, pass_name: str) -> None:
+        self.program = program
+        self.pass_name = pass_name
+        self.edits: list[Edit] = []
+        self.misses: list[Miss] = []
+        self.touched: set[str] = set()  # names of nodes, and paths of tensors and modules, that recorded edits changed
+        self._paths: dict[int, list[str]] | None = None  # every name of each submodule, once asked for
+
+        self.created: set[str] = set()  # names of nodes that this rewriter created
+        self.states: dict[str, NodeState | None] = {}  # what each touched node said after its last recorded edit; None: erased
+        self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors edited in place, with their values before
+        self._ties: dict[int, list[tuple[torch.Tensor, str]]] | None = None  # see _paths_of_tensors
+
+    def _record(self, action: str, subject: str, text: str = "", node: fx.Node | None = None) -> None:
+        self.edits.append(Edit(action, subject, text))
+        self.touched.add(subject)
+        if node is not None:
+            self.states[subject] = node_state(node)
+
+    def miss(self, node: fx.Node, reason: str) -> None:
+        """Say why a node that nearly matched was left alone."""
+        self.misses.append(Miss(node.name, describe(node), reason))
+
+    def note(self, note: Note) -> None:
+        """Keep a note in the program (notes are not edits)."""
+        self.program.add_note(note)
+
+    def _create(
+        self, op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, before: fx.Node, like: fx.Node
+    ) -> fx.Node:
+        with self.program.graph.inserting_before(before):
+            node = self.program.graph.create_node(op, target, tuple(args), kwargs, name=name)
+        for key in ("module_path", "module_class", "source", "type"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        self.created.add(node.name)
+        self._record("create", node.name, str(target), node)
+        return node
+
+    def call_function(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        name: str,
+        before: fx.Node,
+        like: fx.Node,
+        type: ValueType | None = None,
+    ) -> fx.Node:
+        """Create a call_function node; place (module path, source) and, unless given, type come from `like`."""
+        node = self._create("call_function", target, args, kwargs or {}, name, before, like)
+        if type is not None:
+            self.set_type(node, type)
+        return node
+
+    def call_module(
+        self, path: str, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, name: str, before: fx.Node, like: fx.Node
+    ) -> fx.Node:
+        """Create a call_module node for the submodule at `path` (see `add_module`)."""
+        return self._create("call_module", path, args, kwargs or {}, name, before, like)
+
+    def get_attr(self, path: str, *, name: str, before: fx.Node, like: fx.Node) -> fx.Node:
+        """Create a get_attr node that reads the parameter or buffer at `path`."""
+        node = self._create("get_attr", path, (), {}, name, before, like)
+        tensor = self.program.tensor(node)
+        self.set_type(node, ValueType(tuple(tensor.shape), tensor.dtype))
+        return node
+
+    def set_arg(self, node: fx.Node, index: int, value: Any) -> None:
+        """Set positional argument `index` of `node`, padding with None where it had fewer."""
+        args = list(node.args) + [None] * (index + 1 - len(node.args))
+        args[index] = value
+        self.set_args(node, args)
+
+    def set_args(self, node: fx.Node, args: Sequence[Any]) -> None:
+        """Replace all positional arguments of `node`."""
+        node.args = tuple(args)
+        self._record("rewire", node.name, f"args = {node.args}", node)
+
+    def set_target(self, node: fx.Node, target: Callable[..., Any]) -> None:
+        """Make `node` call something else with the same arguments."""
+        node.target = target
+        self._record("retarget", node.name, str(target), node)
+
+    def turn_into_function(self, node: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> None:
+        """Make a call_module node call a function instead, under its own name (an erased node's name is not free again)."""
+        node.op, node.target, node.args, node.kwargs = "call_function", target, tuple(args), {}
+        self._record("retarget", node.name, str(target), node)
+
+    def replace_input(self, node: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Make `node` read `new` wherever it read `old`."""
+        node.replace_input_with(old, new)
+        self._record("rewire", node.name, f"{old.name} -> {new.name}", node)
+
+    def replace_slot(self, node: fx.Node, slot: int, new: fx.Node) -> None:
+        """Make input slot `slot` of `node` (see `input_slots`) read `new`, leaving its other slots alone."""
+        seen = -1
+
+        def swap(leaf: fx.Node) -> fx.Node:
+            nonlocal seen
+            seen += 1
+            return new if seen == slot else leaf
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), swap)
+        node.args, node.kwargs = args, kwargs
+        self._record("rewire", node.name, f"slot {slot} -> {new.name}", node)
+
+    def replace_uses(self, old: fx.Node, new: fx.Node, where: Callable[[fx.Node], bool] | None = None) -> None:
+        """Make the users of `old` (all, or those that `where` accepts) read `new`."""
+        for user in list(old.users):
+            if user is not new and (where is None or where(user)):
+                self.replace_input(user, old, new)
+
+    def erase(self, node: fx.Node) -> None:
+        """Erase a node that nothing reads."""
+        if node.users:
+            users = ", ".join(user.name for user in node.users)
+            raise PassError(f"{self.pass_name}: node '{node.name}' cannot be erased", place=describe(node), got=f"users {users}")
+        self.program.graph.erase_node(node)
+        self._record("erase", node.name)
+        self.states[node.name] = None
+
+    def erase_dead(self, *nodes: fx.Node) -> None:
+        """Erase those of `nodes` that nothing reads any more, in the order given."""
+        for node in nodes:
+            if not node.users and node.op != "placeholder":
+                self.erase(node)
+
+    def move(self, node: fx.Node, before: fx.Node) -> None:
+        """Move a node to stand right before another one."""
+        before.prepend(node)
+        self._record("move", node.name, f"before {before.name}")
+
+    def set_tensor(self, path: str, value: torch.Tensor) -> None:
+        """Replace the parameter or buffer at `path` and wherever else it is tied; a parameter stays one, with its requires_grad."""
+        owner_path, _, attribute = path.rpartition(".")
+        old = getattr(self.program.module.get_submodule(owner_path), attribute)
+        if isinstance(old, torch.nn.Parameter):
+            value = torch.nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad)
+        paths = self._paths_of_tensors()
+        ties = paths.pop(id(old))
+        paths[id(value)] = [(value, tied) for _, tied in ties]
+        for _, tied in ties:
+            owner_path, _, attribute = tied.rpartition(".")
+            setattr(self.program.module.get_submodule(owner_path), attribute, value)
+            self._record("set", tied, f"{tuple(value.shape)}")
+
+    def _paths_of_tensors(self) -> dict[int, list[tuple[torch.Tensor, str]]]:
+        """By id of a tensor: the tensor, and each path it stands at. Built once, because a pass may set thousands."""
+        if self._ties is None:
+            self._ties = {}
+            module = self.program.module
+            named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+            for path, tensor in named:
+                self._ties.setdefault(id(tensor), []).append((tensor, path))
+        return self._ties
+
+    @contextmanager
+    def editing(self, path: str, text: str = "") -> Iterator[torch.nn.Module]:
+        """Edit the module at `path` in place, its attributes and tensors and all below it: `with rewriter.editing(p) as module:`."""
+        module = self.program.module.get_submodule(path)
+        self._save(module)
+        self._record("edit", path, text)
+        yield module
+
+    def _save(self, module: torch.nn.Module) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._saved.append((tensor, tensor.detach().clone()))
+
+    def undo_edits_in_place(self) -> None:
+        """Give their values back to the tensors that were edited in place; the manager calls it when a pass failed."""
+        with torch.no_grad():
+            for tensor, values in reversed(self._saved):
+                tensor.copy_(values)
+
+    def add_tensor(self, path: str, value: torch.Tensor, *, parameter: bool, requires_grad: bool = True) -> None:
+        """Add a new parameter or buffer at `path`; its owner must exist."""
+        owner_path, _, attribute = path.rpartition(".")
+        owner = self.program.module.get_submodule(owner_path)
+        if hasattr(owner, attribute) and getattr(owner, attribute) is not None:
+            raise PassError(f"{self.pass_name}: tensor '{path}' exists already", remedy="Choose another name.")
+        ties, aliases = self._paths_of_tensors(), self._paths_of_module(owner) or [owner_path]
+        if parameter:
+            owner.register_parameter(attribute, torch.nn.Parameter(value.detach().clone(), requires_grad))
+        else:
+            owner.register_buffer(attribute, value)
+        self._record("add", path, f"{tuple(value.shape)}")
+        added = getattr(owner, attribute)
+        for alias in aliases:  # a module registered under several names changes under all of them
+            tied = f"{alias}.{attribute}" if alias else attribute
+            self.touched.add(tied)
+            ties.setdefault(id(added), []).append((added, tied))
+
+    def _paths_of_module(self, module: torch.nn.Module) -> list[str]:
+        """Every name of a submodule; built once, like the paths of tensors."""
+        if self._paths is None:
+            self._paths = {}
+            for path, found in self.program.module.named_modules(remove_duplicate=False):
+                self._paths.setdefault(id(found), []).append(path)
+        return self._paths.get(id(module), [])
+
+    def add_module(self, path: str, module: torch.nn.Module) -> None:
+        """Add a submodule at `path`, creating plain containers on the way."""
+        if not self.program.module.add_submodule(path, module):
+            raise PassError(f"{self.pass_name}: module path '{path}' is taken", remedy="Rename the model's submodule.")
+        if self._ties is not None:
+            for name, tensor in (*module.named_parameters(path), *module.named_buffers(path)):
+                self._ties.setdefault(id(tensor), []).append((tensor, name))
+        self._record("add", path, type(module).__name__)
+
+    def remove_module(self, path: str) -> None:
+        """Remove the submodule at `path`, with its parameters and buffers; nothing may call it or read them any more."""
+        self.program.module.get_submodule(path)
+        owner_path, _, attribute = path.rpartition(".")
+        delattr(self.program.module.get_submodule(owner_path), attribute)
+        self._ties = self._paths = None
+        self._record("remove", path)
+
+    def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
+        """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator saw."""
+        module = self.program.module.get_submodule(path)
+        assert isinstance(module, FakeQuant)
+        self._save(module)
+        with torch.no_grad():
+            module.compute_encoding() if follows is None else module.follow(follows)
+        self._record("encode", path)
+
+    def record(self, path: str, text: str) -> None:
+        """Record that engine code, called by the pass, changed the state of the module at `path`."""
+        self._record("state", path, text)
+
+    def set_mode(self, path: str, mode: Mode) -> None:
+        """Set the mode of the FakeQuant at `path`."""
+        module = self.program.module.get_submodule(path)
+        assert isinstance(module, FakeQuant)
+        if module.mode is not mode:
+            module.mode = mode
+            self._record("mode", path, mode.value)
+
+    def set_output_spec(self, node: fx.Node, spec: QuantSpec | None, rule: str = "") -> None:
+        """Say how a node's own output is to be quantized (None: not)."""
+        self._set_meta(node, "output_spec", spec)
+        if rule:
+            self._set_meta(node, "rule", rule)
+
+    def set_input_spec(self, node: fx.Node, slot: int, spec: QuantSpec | None) -> None:
+        """Say how `node` wants its input slot `slot` quantized (None: not)."""
+        specs = dict(node.meta.get("input_specs", {}))
+        if spec is None:
+            specs.pop(slot, None)
+        else:
+            specs[slot] = spec
+        self._set_meta(node, "input_specs", specs or None, f"slot {slot} = {spec}")
+
+    def set_type(self, node: fx.Node, type: ValueType | tuple[ValueType, ...] | None) -> None:
+        """Say what a node's value is (None: a Python scalar)."""
+        self._set_meta(node, "type", type)
+
+    def set_float_reason(self, node: fx.Node, reason: str) -> None:
+        """Say why a node's value stays in float."""
+        self._set_meta(node, "float_reason", reason)
+
+    def share_encoding(self, node: fx.Node, owner: str) -> None:
+        """Make a value use the FakeQuant of the value called `owner`."""
+        self._set_meta(node, "shares_encoding_with", owner)
+
+    def _set_meta(self, node: fx.Node, key: str, value: Any, text: str = "") -> None:
+        if node.meta.get(key) == value:
+            return
+        if value is None:
+            del node.meta[key]
+        else:
+            node.meta[key] = value
+        self._record("annotate", node.name, text or f"{key} = {value}", node)
+
+    @staticmethod
+    def fake_quant_path(value: str) -> str:
+        """Where the FakeQuant of the value called `value` lives."""
+        return f"{FAKE_QUANTS}.{value}"
