@@ -1,0 +1,1 @@
+"""Ready pipelines, found by name with fxquant.load_pipeline."""

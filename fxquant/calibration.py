@@ -1,0 +1,182 @@
+"""Calibration: run batches, let the estimators see float activations, and turn ranges into grids."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from typing import Iterable, Iterator, Sized
+
+import torch
+from torch import fx
+
+from fxquant.errors import CalibrationError
+from fxquant.graph.batches import Batch, as_arguments, placeholder_values
+from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
+from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.progress import track
+
+
+def calibrate(
+    program: Program, batches: Iterable[Batch], *, max_batches: int | None = None, progress: bool = True
+) -> None:
+    """Estimate the range of every activation from `batches`, and compute every grid; the program is then CALIBRATED.
+
+    Arguments:
+        program: at stage INSERTED, or CALIBRATED to calibrate afresh.
+        batches: any iterable of tensors, tuples or lists of tensors, or dicts of keywords.
+        max_batches: stop after so many.
+        progress: show a progress bar when standard error is a terminal.
+
+    Raises CalibrationError: wrong stage, no batches, NaN or Inf (which value, which batch), values without a range.
+    The program's grids are as before if it raises before the ranges are complete.
+    """
+    if program.stage not in (Stage.INSERTED, Stage.CALIBRATED):
+        remedy = "Run the pipeline's prepare passes first." if program.stage < Stage.INSERTED else "Calibrate before finalize."
+        raise CalibrationError("calibrate", expected="a program at stage inserted or calibrated", got=str(program.stage), remedy=remedy)
+    require_finite_parameters(program)
+    owners = _owners(program)
+    with _observing(program):
+        count = _observe(program, owners, batches, max_batches, progress)
+        if count == 0:
+            raise CalibrationError("calibrate", expected="at least one batch", got="none", remedy="Is the iterator used up?")
+        _require_observed(owners)
+    for _, module in owners:
+        module.compute_encoding()
+    _follow_weights(program)
+    settle_biases(program)
+    program.stage = Stage.CALIBRATED
+
+
+def _owners(program: Program) -> list[tuple[fx.Node, FakeQuant]]:
+    """The node that owns each activation's FakeQuant, with the module."""
+    return [(node, module) for node, module in program.fake_quant_nodes() if not module.follows and node.kwargs.get("observe", True)]
+
+
+@contextmanager
+def _observing(program: Program) -> Iterator[None]:
+    """Activations observed, weights in float, module in eval mode; on leaving: eval or train mode as it was, all fake."""
+    training = [module for module in program.module.modules() if module.training]
+    before = [(module, module.mode) for _, module in program.fake_quant_nodes()]
+    for module, _ in before:
+        module.mode = Mode.OFF if module.follows else Mode.OBSERVE
+        module.estimator.reset()
+    program.module.eval()
+    try:
+        yield
+    except BaseException:
+        for module, mode in before:
+            module.mode = mode
+        raise
+    else:
+        for module, _ in before:
+            module.mode = Mode.FAKE
+    finally:
+        for trained in training:
+            trained.training = True
+
+
+def _observe(
+    program: Program,
+    owners: list[tuple[fx.Node, FakeQuant]],
+    batches: Iterable[Batch],
+    max_batches: int | None,
+    progress: bool,
+) -> int:
+    total = max_batches if max_batches is not None else len(batches) if isinstance(batches, Sized) else None
+    count = 0
+    with torch.no_grad():
+        for batch in track(batches, "calibrating", total=total, show=progress and sys.stderr.isatty()):
+            if max_batches is not None and count >= max_batches:
+                break
+            placeholder_values(program, batch)  # a batch that does not fit is refused by name before it runs
+            args, kwargs = as_arguments(batch)
+            program.module(*args, **kwargs)
+            _require_finite(owners, count)
+            count += 1
+    return count
+
+
+def _require_finite(owners: list[tuple[fx.Node, FakeQuant]], batch: int) -> None:
+    """Ranges after a batch: infinite of the initial sign is 'nothing seen yet'; everything else must be finite."""
+    if not owners:
+        return
+    low = torch.stack([module.estimator.low.amin() for _, module in owners])
+    high = torch.stack([module.estimator.high.amax() for _, module in owners])
+    bad = ~((torch.isfinite(low) & torch.isfinite(high)) | ((low == float("inf")) & (high == float("-inf"))))
+    if not bool(bad.any()):
+        return
+    value = _source(owners[int(bad.nonzero()[0])][0])
+    raise CalibrationError(
+        f"calibrate: value '{value.name}' is not finite in batch {batch}",
+        place=describe(value),
+        expected="finite activations",
+        got=f"range [{float(low[bad][0])}, {float(high[bad][0])}]",
+        remedy="Check the batch, or leave this value in float by a placement rule.",
+    )
+
+
+def _require_observed(owners: list[tuple[fx.Node, FakeQuant]]) -> None:
+    missing = [str(node.args[0]) for node, module in owners if module.spec.fixed is None and not module.estimator.has_range]
+    if missing:
+        remedy = "Are these values empty in every batch, or never computed?"
+        raise CalibrationError("calibrate", expected="a range for every value", got=f"none for {', '.join(missing)}", remedy=remedy)
+
+
+def require_ranges(program: Program) -> None:
+    """CalibrationError that lists the values whose FakeQuant has no encoding."""
+    missing = [str(node.args[0]) for node, module in program.fake_quant_nodes() if not module.has_encoding]
+    if missing:
+        names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise CalibrationError("encodings", expected="a range for every value", got=f"none for {names}", remedy="Calibrate first.")
+
+
+def settle(program: Program) -> list[str]:
+    """Compute the weights' grids from the weights as they are; returns the paths of the FakeQuants that were computed."""
+    _follow_weights(program)
+    settle_biases(program)
+    return [str(node.target) for node, module in program.fake_quant_nodes() if module.follows]
+
+
+def _follow_weights(program: Program) -> None:
+    for node, module in program.fake_quant_nodes():
+        if module.follows:
+            module.follow(program.tensor(_source(node)).detach())
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The value that a FakeQuant or BiasFakeQuant node quantizes."""
+    value = node.args[0]
+    assert isinstance(value, fx.Node)
+    return value
+
+
+def require_finite_parameters(program: Program) -> None:
+    """No NaN or Inf in the weights and biases that are to be quantized."""
+    quantized = [_source(node) for node, module in program.fake_quant_nodes() if module.follows]
+    for value in (*quantized, *(_source(node) for node, _ in program.bias_nodes())):
+        count = int((~torch.isfinite(program.tensor(value))).sum())
+        if count:
+            raise CalibrationError(
+                f"calibrate: parameter '{value.target}' is not finite",
+                place=describe(value),
+                expected="finite numbers",
+                got=f"{count} NaN or Inf",
+                remedy="Mend the checkpoint, or leave the layer in float by a placement rule.",
+            )
+
+
+def settle_biases(program: Program) -> None:
+    """Raise the weight scales (per channel) at which a bias code would exceed 2^23, and note each layer that needed it.
+
+    int32 could hold more, but the accumulator adds the products to it (DESIGN: |b| / (sx * sw) <= 2^23).
+    """
+    for node, module in program.bias_nodes():
+        bias, weight_quant = _source(node), module.sources[1]
+        floor = module.overflow_floor(program.tensor(bias))
+        raised = floor > weight_quant.scale
+        if not bool(raised.any()):
+            continue
+        weight_quant.scale_floor.copy_(torch.maximum(weight_quant.scale_floor, floor * raised))
+        weight_quant.scale.copy_(torch.maximum(weight_quant.scale, weight_quant.scale_floor))
+        text = f"weight scale of {int(raised.sum())} of {raised.numel()} channels raised, so that bias codes stay within 2^23"
+        program.add_note(Note(NoteKind.BIAS, str(bias.target), text))

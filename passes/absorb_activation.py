@@ -1,0 +1,94 @@
+"""Let the quantizer behind a relu or clip do its work, so that the runtime can remove it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage, output_spec
+from fxquant.graph.rewriter import Rewriter
+from fxquant.ops.base import Role
+from fxquant.spec import Limits, QuantSpec
+
+from .assign_specs import INTEGER_ROLES
+from .values import role_of, set_value_spec
+
+
+@dataclass(frozen=True)
+class AbsorbActivation(Pass):
+    """Quantize after a relu or clip instead of before it, on a grid that does not leave the activation's range.
+
+    onnxruntime removes a Relu before a QuantizeLinear iff the zero point is the lowest code, and a Clip iff the grid lies
+    within its bounds; only then does the convolution in front run in its integer kernel.
+
+    1. relu behind an operation with an integer kernel: zero point = lowest code.
+    2. clip or hardtanh with bounds (low, high): grid within [low, high]; low = 0 also fixes the zero point.
+    3. A symmetric signed grid keeps its zero point 0: the quantizer moves behind the activation, and no limit is set.
+
+    Declines, with the reason: the value before the activation has other users; it comes from no integer kernel; the
+    bounds are not constants, or leave out 0. Contract: PRESERVES (it only annotates).
+    """
+
+    name: ClassVar[str] = "absorb-activation"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.ASSIGNED,)
+    contract: ClassVar[Contract] = Contract.PRESERVES
+
+    def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+        """Visit every relu and clip that has a spec."""
+        for node in program.graph.nodes:
+            spec = output_spec(node)
+            if spec is not None and role_of(program, node) is Role.ACTIVATION:
+                self._absorb(program, rewriter, node, spec)
+
+    def _absorb(self, program: Program, rewriter: Rewriter, node: fx.Node, spec: QuantSpec) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        reason = _why_not(program, node, source)
+        if reason is not None:
+            rewriter.miss(node, f"{node.name} not absorbed: {reason}")
+            return
+        bounds = activation_bounds(node)
+        assert bounds is not None
+        rewriter.set_output_spec(source, None)
+        rewriter.set_input_spec(node, 0, None)
+        if not (spec.symmetric and spec.signed):  # case 3
+            set_value_spec(rewriter, node, spec, spec.limited(_limits(bounds, spec)))
+
+
+def _why_not(program: Program, node: fx.Node, source: fx.Node) -> str | None:
+    bounds = activation_bounds(node)
+    if bounds is None:
+        return "its bounds are not constants"
+    if bounds[0] > 0 or bounds[1] <= 0:
+        return f"its bounds [{bounds[0]:g}, {bounds[1]:g}] leave out 0"
+    if output_spec(source) is None or role_of(program, source) not in INTEGER_ROLES:
+        return f"{source.name} has no integer kernel whose output it could clip"
+    if len(source.users) > 1:
+        users = ", ".join(user.name for user in source.users)
+        return f"{source.name} has {len(source.users)} users ({users})"
+    return None
+
+
+def _limits(bounds: tuple[float, float], spec: QuantSpec) -> Limits:
+    low, high = bounds
+    finite_high = None if high == float("inf") else high
+    if low == 0.0:
+        return Limits(0.0, finite_high, spec.qmin)  # case 1, and case 2 from 0
+    return Limits(None if low == float("-inf") else low, finite_high)  # case 2
+
+
+def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Lowest and highest output of a relu or clip, or None if they are not constants."""
+    if node.target is torch.ops.aten.relu.default:
+        return 0.0, float("inf")
+    low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
+    high: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("max", node.kwargs.get("max_val"))
+    if node.target is torch.ops.aten.hardtanh.default:
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        return None
+    return (float("-inf") if low is None else float(low)), (float("inf") if high is None else float(high))

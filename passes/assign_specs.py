@@ -1,0 +1,185 @@
+"""Say how each value is to be quantized, for whoever produces it and for whoever reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage, input_slots, input_spec, output_spec
+from fxquant.graph.rewriter import Rewriter
+from fxquant.ops.base import OpDef, Role
+from fxquant.ops.table import TABLE
+from fxquant.placement import Decision, Rule, check_rules, decide
+from fxquant.spec import QuantSpec
+
+from .values import arg_slot, definition_of, is_float_value, is_parameter, role_of, wanted_specs, weight_slot
+
+INTEGER_ROLES = (Role.WEIGHTED, Role.COMPUTE, Role.CONCAT, Role.FIXED_RANGE)
+MASK_REASON = "mask before softmax"
+SOFTMAXES = ("softmax", "safe_softmax", "log_softmax")
+
+
+@dataclass(frozen=True)
+class AssignSpecs(Pass):
+    """Assign a QuantSpec to every (value, consumer) that integer kernels need.
+
+    1. Operations with an integer kernel want their float inputs, their weight and their output quantized.
+    2. An operation with a fixed output range (sigmoid, softmax) limits its output's grid to that range.
+    3. What is added to scores between the last matmul and a softmax (a mask, a position bias) stays in float together
+       with the softmax: a mask holds -inf or finfo.min, from which no range can be read.
+    4. A relu or clip takes over the spec of the value that it reads.
+    5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
+
+    Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float, each
+    with its reason. Refuses rules that can match nothing. Contract: PRESERVES (it only annotates).
+
+    Options:
+        activation: spec of activations.
+        weight: spec of weights (per tensor here; select-per-channel narrows it).
+        rules: placement rules, see fxquant.placement.
+    """
+
+    name: ClassVar[str] = "assign-specs"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+    leaves: ClassVar[Stage | None] = Stage.ASSIGNED
+    contract: ClassVar[Contract] = Contract.PRESERVES
+
+    activation: QuantSpec = QuantSpec(bits=8)
+    weight: QuantSpec = QuantSpec(bits=8, signed=True, symmetric=True, strict=True)
+    rules: tuple[Rule, ...] = field(default=())
+
+    def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+        """Annotate the compute first, then what lies between it."""
+        check_rules(self.rules, program, TABLE)
+        masked = _mask_islands(program)
+        for node in program.graph.nodes:
+            if node.op not in ("call_function", "call_module"):
+                continue
+            definition = definition_of(program, node)
+            if definition is None:
+                rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
+                continue
+            self._assign(program, rewriter, node, definition, masked)
+        _spread_forward(program, rewriter)
+        _spread_backward(program, rewriter)
+
+    def _assign(
+        self, program: Program, rewriter: Rewriter, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str]
+    ) -> None:
+        role = definition.role_for(node)
+        if "float_reason" in node.meta:  # an earlier pass decided
+            return
+        if node in masked:
+            rewriter.set_float_reason(node, masked[node])  # case 3
+        elif role is Role.FLOAT:
+            rewriter.set_float_reason(node, f"{definition.name} has no integer kernel")
+        if role not in INTEGER_ROLES or not is_float_value(node):
+            return
+        decision = decide(node, definition, self.rules, self.activation, self.weight)
+        if not decision.quantize:
+            rewriter.set_float_reason(node, f"excluded by rule {decision.rule}")
+        elif node not in masked or role is Role.FIXED_RANGE:
+            self._want(program, rewriter, node, definition, decision, masked)
+
+    def _want(
+        self,
+        program: Program,
+        rewriter: Rewriter,
+        node: fx.Node,
+        definition: OpDef,
+        decision: Decision,
+        masked: dict[fx.Node, str],
+    ) -> None:
+        of_weight = weight_slot(node, definition)
+        bias_slot = None if definition.bias is None else arg_slot(node, definition.bias)
+        if node not in masked:  # case 3: a masked softmax reads a float value
+            for slot, value in enumerate(input_slots(node)):
+                if slot == bias_slot or not is_float_value(value):
+                    continue
+                is_weight = slot == of_weight and _is_constant(value)
+                rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
+        limits = definition.output_range
+        spec = decision.activation if limits is None else decision.activation.limited(limits)  # case 2
+        rewriter.set_output_spec(node, spec, decision.rule)
+
+
+def _is_constant(value: fx.Node) -> bool:
+    """Whether a value depends on parameters alone."""
+    pending, seen = [value], {value}
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder":
+            return False
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                pending.append(source)
+    return True
+
+
+def _mask_islands(program: Program) -> dict[fx.Node, str]:
+    """Case 3: the nodes between a masked softmax and the scores, and the softmax itself, each with the reason."""
+    found: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        definition = definition_of(program, node)
+        if definition is None or definition.name not in ("softmax", "log_softmax", "safe_softmax"):
+            continue
+        chain = _additions_above(program, node)
+        if chain:
+            found.update(dict.fromkeys([*chain, node], MASK_REASON))
+    return found
+
+
+def _additions_above(program: Program, softmax: fx.Node) -> list[fx.Node]:
+    chain: list[fx.Node] = []
+    pending = [softmax.args[0]]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node):
+            continue
+        definition = definition_of(program, node)
+        if definition is None:
+            continue
+        if definition.name in ("add", "where", "masked_fill"):
+            chain.append(node)
+            pending.extend(source for source in node.all_input_nodes if is_float_value(source) and not is_parameter(source))
+        elif definition.role_for(node) is Role.GRID_PRESERVING:
+            pending.append(node.args[0] if isinstance(node.args[0], fx.Node) else None)
+    return chain
+
+
+def _spread_forward(program: Program, rewriter: Rewriter) -> None:
+    """Cases 4 and 5, in graph order: what reads a quantized value, and keeps its grid or is absorbed, is quantized too."""
+    for node in program.graph.nodes:
+        role = role_of(program, node)
+        if role not in (Role.ACTIVATION, Role.GRID_PRESERVING):
+            continue
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not is_float_value(source):
+            continue
+        spec = output_spec(source) or next(iter(wanted_specs(source)), None)
+        if spec is not None and not is_parameter(source):
+            _want_both_sides(program, rewriter, node, spec)
+
+
+def _spread_backward(program: Program, rewriter: Rewriter) -> None:
+    """Case 5, in reverse order: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
+    for node in reversed(list(program.graph.nodes)):
+        if role_of(program, node) is not Role.GRID_PRESERVING or input_spec(node, 0) is not None:
+            continue
+        specs = wanted_specs(node)
+        source = node.args[0]
+        if specs and isinstance(source, fx.Node) and is_float_value(source) and not is_parameter(source):
+            _want_both_sides(program, rewriter, node, next(iter(specs)))
+
+
+def _want_both_sides(program: Program, rewriter: Rewriter, node: fx.Node, spec: QuantSpec) -> None:
+    rewriter.set_input_spec(node, 0, spec)
+    if is_float_value(node):
+        rewriter.set_output_spec(node, spec, "follows its input")
+    for user in list(node.users):
+        if not is_float_value(node) and is_float_value(user):  # the parts of a split or chunk
+            rewriter.set_output_spec(user, spec, "follows its input")

@@ -1,0 +1,112 @@
+"""Turn the assigned specs into FakeQuant nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.errors import PassError
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage, describe, input_slots, input_spec, output_spec, value_type
+from fxquant.graph.rewriter import Rewriter
+from fxquant.numerics.fake_quant import FakeQuant
+from fxquant.spec import QuantSpec
+
+from .share_encodings import owner_of
+from .values import is_parameter, wanted_specs
+
+
+@dataclass(frozen=True)
+class InsertFakeQuant(Pass):
+    """Insert one FakeQuant behind each value for each distinct spec that is wanted of it.
+
+    1. A value with an output spec: all its readers read the quantized value, as the integer kernel in front writes
+       nothing else.
+    2. A value with consumers' specs only (a graph input, a float operation's result): the consumers that asked read it.
+    3. A parameter wanted with two specs (tied embedding and head): a FakeQuant each; its grid follows the parameter.
+    4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
+
+    Refuses, by name, an activation wanted with two specs where the target merges such pairs. Contract: QUANTIZES.
+    """
+
+    name: ClassVar[str] = "insert-fake-quant"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.ASSIGNED,)
+    leaves: ClassVar[Stage | None] = Stage.INSERTED
+    contract: ClassVar[Contract] = Contract.QUANTIZES
+
+    def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+        """Visit every value; owners of shared encodings get their module at its first use."""
+        for value in list(program.graph.nodes):
+            wanted = wanted_specs(value)
+            if not wanted:
+                continue
+            if len(wanted) > 1 and not is_parameter(value) and program.target.merges_activation_specs:
+                raise _two_specs(value, wanted)
+            for number, spec in enumerate(wanted):
+                self._insert(program, rewriter, value, spec, number)
+
+    def _insert(self, program: Program, rewriter: Rewriter, value: fx.Node, spec: QuantSpec, number: int) -> None:
+        owner = owner_of(value)
+        suffix = f"_{number}" if number else ""
+        path = rewriter.fake_quant_path(owner + suffix)
+        if not _has_module(program, path):
+            rewriter.add_module(path, FakeQuant(spec, _channels(value, spec), follows=is_parameter(value)))
+        kwargs = {} if owner == value.name else {"observe": False}  # case 4
+        readers = _readers(value, spec)
+        before = _first_place_behind(value)
+        node = rewriter.call_module(path, (value,), kwargs, name=f"{value.name}_fq{suffix}", before=before, like=value)
+        for user, slot in readers:
+            rewriter.replace_slot(user, slot, node)
+
+
+def _readers(value: fx.Node, spec: QuantSpec) -> list[tuple[fx.Node, int]]:
+    """The (consumer, slot) pairs that are to read the quantized value: case 1, or cases 2 and 3."""
+    everyone = output_spec(value) == spec
+    pairs = [(user, slot) for user in value.users for slot, node in enumerate(input_slots(user)) if node is value]
+    return [(user, slot) for user, slot in pairs if everyone or input_spec(user, slot) == spec]
+
+
+def _channels(value: fx.Node, spec: QuantSpec) -> int | None:
+    axis = spec.granularity.axis
+    found = value_type(value)
+    assert found is not None
+    if axis is None:
+        return None
+    size = found.shape[axis]
+    if not isinstance(size, int):
+        raise PassError(
+            f"insert-fake-quant: value '{value.name}' has {size} channels on axis {axis}",
+            place=describe(value),
+            expected="a constant number of channels",
+            remedy="Use a per-tensor spec for this value.",
+        )
+    return size
+
+
+def _has_module(program: Program, path: str) -> bool:
+    try:
+        program.module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _first_place_behind(value: fx.Node) -> fx.Node:
+    """The node before which code that reads `value` may stand; placeholders stay together."""
+    place = value.next
+    while place.op == "placeholder":
+        place = place.next
+    return place
+
+
+def _two_specs(value: fx.Node, wanted: dict[QuantSpec, list[str]]) -> PassError:
+    wishes = "; ".join(f"{spec} by {', '.join(names)}" for spec, names in wanted.items())
+    return PassError(
+        f"insert-fake-quant: value '{value.name}' is wanted with {len(wanted)} specs",
+        place=describe(value),
+        expected="one spec: onnxruntime merges two quantizers on one activation",
+        got=wishes,
+        remedy="Make the placement rules of its consumers agree, or leave one of them in float.",
+    )

@@ -1,0 +1,61 @@
+"""Quantize biases to int32, as integer kernels add them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage
+from fxquant.graph.rewriter import Rewriter
+from fxquant.numerics.fake_quant import BiasFakeQuant
+
+from .values import definition_of, parameter_of
+
+
+@dataclass(frozen=True)
+class QuantizeBias(Pass):
+    """Give the bias of every layer with quantized input and weight the grid f(sx * sw), zero point 0, int32.
+
+    1. A bias that is a parameter, in a layer whose input and weight come from FakeQuants.
+    2. A bias shared by several layers gets a grid for each of them.
+
+    A bias whose codes would exceed 2^23 raises its channel's weight scale when the program is calibrated (fxquant.calibration
+    reports it). Declines, with the reason, a bias that is computed. Contract: QUANTIZES.
+    """
+
+    name: ClassVar[str] = "quantize-bias"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.INSERTED,)
+    contract: ClassVar[Contract] = Contract.QUANTIZES
+
+    def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+        """Visit every layer that has a bias."""
+        for node in list(program.graph.nodes):
+            definition = definition_of(program, node)
+            position = None if definition is None else definition.weight_for(node)
+            if definition is None or definition.bias is None or position is None:
+                continue
+            bias = node.args[definition.bias] if definition.bias < len(node.args) else None
+            weight = node.args[position]
+            x = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg not in (bias, weight)), None)
+            if not isinstance(bias, fx.Node) or not isinstance(weight, fx.Node) or x is None:
+                continue
+            if program.fake_quant(x) is None or program.fake_quant(weight) is None or program.bias_fake_quant(bias) is not None:
+                continue
+            if parameter_of(program, node, definition.bias) is None:
+                rewriter.miss(node, f"bias {bias.name} of {node.name} stays in float: it is computed, not a parameter")
+                continue
+            self._quantize(program, rewriter, node, definition.bias, (bias, x, weight))
+
+    def _quantize(
+        self, program: Program, rewriter: Rewriter, node: fx.Node, position: int, sources: tuple[fx.Node, fx.Node, fx.Node]
+    ) -> None:
+        bias = sources[0]
+        taken = sum(1 for user in bias.users if program.bias_fake_quant(user) is not None)
+        suffix = f"_{taken}" if taken else ""  # case 2
+        path = rewriter.fake_quant_path(bias.name + suffix)
+        rewriter.add_module(path, BiasFakeQuant())
+        quantized = rewriter.call_module(path, sources, name=f"{bias.name}_fq{suffix}", before=node, like=bias)
+        rewriter.set_arg(node, position, quantized)

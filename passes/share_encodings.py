@@ -1,0 +1,80 @@
+"""Give values that must lie on one grid one FakeQuant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage, input_spec, output_spec
+from fxquant.graph.rewriter import Rewriter
+from fxquant.ops.base import Role
+
+from .values import is_float_value, role_of, set_value_spec, wanted_specs
+
+
+@dataclass(frozen=True)
+class ShareEncodings(Pass):
+    """Let grid-preserving operations pass codes on, and concatenations join them on one grid where asked to.
+
+    1. Output of a grid-preserving operation (maximum pooling, reshape, slice ...): the input's FakeQuant, and its spec.
+    2. Parts of a split, chunk or unbind: the FakeQuant of what was split.
+    3. With `concat`: the inputs of a concatenation use the FakeQuant of its output (onnxruntime needs it not:
+       QLinearConcat joins any grids; other runtimes do).
+
+    Declines, with the reason, where a concatenation's input has another spec, other readers' limits or shares already.
+    Contract: PRESERVES (it only annotates).
+
+    Options:
+        concat: share the grids of concatenations (case 3).
+    """
+
+    name: ClassVar[str] = "share-encodings"
+    stages: ClassVar[tuple[Stage, ...]] = (Stage.ASSIGNED,)
+    contract: ClassVar[Contract] = Contract.PRESERVES
+
+    concat: bool = False
+
+    def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+        """Visit the graph in order, so that chains end at their first value."""
+        for node in program.graph.nodes:
+            role = role_of(program, node)
+            if role is Role.GRID_PRESERVING and input_spec(node, 0) is not None:
+                self._pass_on(rewriter, node)
+            elif role is Role.CONCAT and self.concat and output_spec(node) is not None:
+                self._join(rewriter, node)
+
+    def _pass_on(self, rewriter: Rewriter, node: fx.Node) -> None:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        outputs = [node] if is_float_value(node) else [user for user in node.users if is_float_value(user)]
+        source_specs = list(wanted_specs(source))
+        if is_float_value(source) and len(source_specs) != 1:
+            rewriter.miss(node, f"{node.name} shares nothing: {source.name} is wanted with {len(source_specs)} specs")
+            return
+        for output in outputs:  # cases 1 and 2
+            old = output_spec(output)
+            if old is None:
+                continue
+            set_value_spec(rewriter, output, old, source_specs[0])
+            rewriter.share_encoding(output, owner_of(source))
+
+    def _join(self, rewriter: Rewriter, node: fx.Node) -> None:
+        spec = output_spec(node)
+        values = [value for value in node.all_input_nodes if is_float_value(value)]
+        for value in values:
+            specs = list(wanted_specs(value))
+            if "shares_encoding_with" in value.meta:
+                rewriter.miss(node, f"{value.name} keeps its grid: it shares that of {owner_of(value)}")
+            elif specs != [spec]:
+                rewriter.miss(node, f"{value.name} keeps its grid: its spec is {specs[0] if specs else 'none'}")
+            else:
+                rewriter.share_encoding(value, owner_of(node))
+
+
+def owner_of(value: fx.Node) -> str:
+    """Name of the value whose FakeQuant this value uses: itself, unless it shares."""
+    owner: str = value.meta.get("shares_encoding_with", value.name)
+    return owner

@@ -1,0 +1,130 @@
+"""calibrate: what it takes, what it refuses, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import CalibrationError, FxquantError
+from fxquant.graph.batches import placeholder_values
+from fxquant.graph.program import Program, Stage
+from fxquant.numerics.fake_quant import FakeQuant, Mode
+from tests.passes.pipelines import IMAGE, residual
+
+
+def prepared(model: nn.Module | None = None, inputs: object = IMAGE) -> Program:
+    program = fxquant.capture(residual() if model is None else model, inputs)
+    fxquant.load_pipeline("int8_per_channel").prepare(program)
+    return program
+
+
+def quantizer(program: Program, value: str) -> FakeQuant:
+    module = program.module.get_submodule(f"fake_quants.{value}")
+    assert isinstance(module, FakeQuant)
+    return module
+
+
+def generated() -> Iterator[torch.Tensor]:
+    yield IMAGE
+    yield IMAGE * 2
+
+
+@pytest.mark.parametrize("batches", [[IMAGE, IMAGE * 2], ((IMAGE,), [IMAGE * 2]), generated(), [{"x": IMAGE}, {"x": IMAGE * 2}]])
+def test_ranges_cover_all_batches_of_any_iterable(batches: Iterable[fxquant.graph.batches.Batch]) -> None:
+    program = prepared()
+    fxquant.calibrate(program, batches, progress=False)
+    found = quantizer(program, "x")
+    assert program.stage is Stage.CALIBRATED
+    assert float(found.encoding.max) == pytest.approx(float(2 * IMAGE.max()), abs=float(found.scale))
+    assert {module.mode for _, module in program.fake_quant_nodes()} == {Mode.FAKE}
+
+
+def test_max_batches_stops_early() -> None:
+    program = prepared()
+    fxquant.calibrate(program, [IMAGE, IMAGE * 100], max_batches=1)
+    assert float(quantizer(program, "x").encoding.max) < 10
+
+
+def test_calibrating_again_starts_afresh() -> None:
+    program = prepared()
+    fxquant.calibrate(program, [IMAGE * 100])
+    fxquant.calibrate(program, [IMAGE])
+    assert float(quantizer(program, "x").encoding.max) < 10
+
+
+def test_relu6_range_is_capped() -> None:
+    program = prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU6()))
+    fxquant.calibrate(program, [IMAGE * 1000])
+    assert quantizer(program, "_1").scale <= torch.tensor(6.0 / 255)
+    assert int(quantizer(program, "_1").zero_point) == 0
+
+
+def test_no_batches_are_refused_and_modes_come_back() -> None:
+    program = prepared()
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        fxquant.calibrate(program, [])
+    assert program.stage is Stage.INSERTED
+    assert {module.mode for _, module in program.fake_quant_nodes()} == {Mode.OBSERVE}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite_are_refused_with_value_and_batch(bad: float) -> None:
+    broken = IMAGE.clone()
+    broken[0, 0, 0, 0] = bad
+    with pytest.raises(CalibrationError, match=r"value 'x' is not finite in batch 1"):
+        fxquant.calibrate(prepared(), [IMAGE, broken])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
+    program = prepared(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
+    with torch.no_grad():
+        program.module.get_parameter("0.weight")[1, 2] = bad
+    with pytest.raises(CalibrationError, match=r"parameter '0\.weight' is not finite.*1 NaN or Inf"):
+        fxquant.calibrate(program, [torch.randn(2, 4)])
+
+
+def test_wrong_stage_is_refused_with_the_remedy() -> None:
+    with pytest.raises(CalibrationError, match="prepare passes first"):
+        fxquant.calibrate(fxquant.capture(residual(), IMAGE), [IMAGE])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (torch.randn(2, 3, 8, 8), r"axis 1"),
+        (IMAGE.double(), "float64"),
+        ((IMAGE, IMAGE), "arguments"),
+        ({"images": IMAGE}, "arguments"),
+        ("digits", "tensor"),
+    ],
+)
+def test_batch_that_does_not_fit_is_refused_with_what_was_expected(batch: object, message: str) -> None:
+    with pytest.raises(FxquantError, match=message):
+        fxquant.calibrate(prepared(), [batch])  # type: ignore[list-item]
+
+
+def test_training_flags_survive_calibration() -> None:
+    program = prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.25)))
+    program.module.train()
+    fxquant.calibrate(program, [IMAGE])
+    assert all(module.training for module in program.module.modules())
+
+
+def test_placeholder_values_follow_the_graph() -> None:
+    assert list(placeholder_values(prepared(), {"x": IMAGE})) == ["x"]
+
+
+def test_moving_average_follows_the_latest_batches() -> None:
+    from fxquant.numerics.estimators import MovingAverage
+    from fxquant.spec import PER_TENSOR
+
+    estimator = MovingAverage(PER_TENSOR, None)
+    estimator.observe(torch.tensor([-1.0, 1.0]))
+    estimator.observe(torch.tensor([-2.0, 3.0]))
+    assert (float(estimator.low), float(estimator.high)) == (pytest.approx(-1.1), pytest.approx(1.2))
