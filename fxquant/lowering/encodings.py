@@ -1,0 +1,126 @@
+"""The grids and integer codes that a program's FakeQuants stand for at export."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from fxquant.errors import ExportError
+from fxquant.graph.program import Program, describe
+from fxquant.lowering.constants import Constants
+from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.numerics.rounding import along_axis, quantize
+from fxquant.spec import BIAS_SPEC, Encoding, Granularity, QuantSpec
+
+Array = np.ndarray[Any, Any]
+
+OPSET_OF_16_BITS = 21
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCodes:
+    """A quantized constant: codes, scale and zero point (of the codes' dtype), and the axis of the latter two."""
+
+    codes: Array
+    scale: Array
+    zero_point: Array
+    axis: int | None
+
+
+class Encodings:
+    """Encodings of the FakeQuant and BiasFakeQuant nodes of one program.
+
+    A FakeQuant whose grid follows its weight is brought up to date with it on a copy: exporting changes nothing.
+    """
+
+    def __init__(self, program: Program, constants: Constants, opset: int) -> None:
+        self._program = program
+        self._constants = constants
+        self._opset = opset
+        self._found: dict[FakeQuant, Encoding] = {}
+        self._stored: dict[fx.Node, StoredCodes] = {}
+
+    def is_constant_quantizer(self, node: fx.Node) -> bool:
+        """Whether `node` is the FakeQuant or BiasFakeQuant of a constant."""
+        if self._program.fake_quant(node) is None and self._program.bias_fake_quant(node) is None:
+            return False
+        source = node.args[0]
+        return isinstance(source, fx.Node) and self._constants.is_constant(source)
+
+    def is_off(self, node: fx.Node) -> bool:
+        """Whether a FakeQuant, or one of the two that a BiasFakeQuant depends on, passes its input on."""
+        module = self._program.fake_quant(node)
+        if module is not None:
+            return module.mode is Mode.OFF
+        bias = self._program.bias_fake_quant(node)
+        return bias is not None and any(source.mode is Mode.OFF for source in bias.sources)
+
+    def encoding(self, node: fx.Node) -> Encoding:
+        """The grid of a FakeQuant or BiasFakeQuant node."""
+        bias = self._program.bias_fake_quant(node)
+        if bias is not None:
+            return self._bias_encoding(node)
+        module = self._program.fake_quant(node)
+        assert module is not None, node.format_node()
+        if module not in self._found:
+            self._found[module] = self._encode(node, module)
+        return self._found[module]
+
+    def stored(self, node: fx.Node) -> StoredCodes:
+        """The codes of a constant behind a FakeQuant or BiasFakeQuant node, in the dtype that they are stored in."""
+        if node not in self._stored:
+            self._stored[node] = self._store(node)
+        return self._stored[node]
+
+    def _store(self, node: fx.Node) -> StoredCodes:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        tensor, encoding = self._constants.tensor(source), self.encoding(node)
+        spec = encoding.spec
+        axis = spec.granularity.axis if encoding.scale.ndim else None
+        grid = [along_axis(part, spec.granularity, tensor.ndim) for part in (encoding.scale, encoding.zero_point)]
+        codes = quantize(tensor, grid[0], grid[1], spec.qmin, spec.qmax).numpy()
+        dtype = storage_dtype(node, spec, self._opset)
+        zero_point = encoding.zero_point.numpy().astype(dtype)
+        return StoredCodes(
+            codes.astype(dtype), encoding.scale.numpy(), zero_point, None if axis is None else axis % tensor.ndim
+        )
+
+    def _encode(self, node: fx.Node, module: FakeQuant) -> Encoding:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if module.follows and module.mode is not Mode.FROZEN and self._constants.is_constant(source):
+            module = copy.deepcopy(module)
+            module.follow(self._constants.tensor(source).to(module.scale.device))
+        return module.encoding
+
+    def _bias_encoding(self, node: fx.Node) -> Encoding:
+        _, x_node, weight_node = node.args
+        assert isinstance(x_node, fx.Node) and isinstance(weight_node, fx.Node)
+        scale = self.encoding(x_node).scale * self.encoding(weight_node).scale
+        spec = QuantSpec(
+            BIAS_SPEC.bits, signed=True, symmetric=True, granularity=Granularity(0 if scale.ndim else None)
+        )
+        return Encoding(scale, torch.zeros_like(scale, dtype=torch.int64), spec)
+
+
+def storage_dtype(node: fx.Node, spec: QuantSpec, opset: int) -> np.dtype[Any]:
+    """The dtype that codes of `spec` are stored in: the narrowest of 8, 16 and 32 bits that holds them."""
+    if spec.granularity.block is not None:
+        reason, remedy = "block-wise quantization is not written yet", "Use per-tensor or per-channel granularity."
+        raise ExportError(f"export: node '{node.name}'", place=describe(node), got=reason, remedy=remedy)
+    if 8 < spec.bits <= 16 and opset < OPSET_OF_16_BITS:
+        raise ExportError(
+            f"export: node '{node.name}' quantizes to {spec.bits} bits",
+            place=describe(node),
+            expected=f"opset {OPSET_OF_16_BITS} or later, the first with 16-bit QuantizeLinear",
+            got=f"opset {opset}",
+            remedy=f"Export with opset={OPSET_OF_16_BITS}, or quantize to 8 bits.",
+        )
+    width = 8 if spec.bits <= 8 else 16 if spec.bits <= 16 else 32
+    return np.dtype(f"{'int' if spec.signed else 'uint'}{width}")

@@ -1,0 +1,74 @@
+"""FakeQuant nodes in ONNX.
+
+    activation v    QuantizeLinear -> [Clip] -> DequantizeLinear      the latter reads `v.codes`, and writes `v_fq`
+    weight w        initializer `w.codes` -> DequantizeLinear         INT8/UINT8 up to 8 bits, INT16/UINT16 up to 16
+    bias b          initializer `b.codes` (INT32) -> DequantizeLinear, scale f(sx * sw)
+
+The Clip is there for grids narrower than their dtype; on codes, because that is the one onnxruntime fuses across. Grids
+of 9 to 15 bits are clipped before QuantizeLinear instead.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import fx
+
+from fxquant.lowering.barriers import needs_barrier_before_quantizer
+from fxquant.lowering.encodings import storage_dtype
+from fxquant.lowering.writer import GraphWriter
+from fxquant.numerics.rounding import along_axis, dequantize
+from fxquant.ops.base import Emitted
+from fxquant.spec import Encoding, QuantSpec
+
+
+def emit_quantizer(node: fx.Node, writer: GraphWriter) -> Emitted:
+    """A FakeQuant or BiasFakeQuant node; one that is off passes its input on."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if writer.is_constant(node):
+        return writer.weight(node)
+    if writer.encodings.is_off(node):
+        return writer.value(source)
+    return _emit_activation(node, source, writer)
+
+
+def _emit_activation(node: fx.Node, source: fx.Node, writer: GraphWriter) -> ir.Value:
+    encoding = writer.encodings.encoding(node)
+    dtype = storage_dtype(node, encoding.spec, writer.opset)
+    axis = None
+    if encoding.scale.ndim:
+        assert encoding.spec.granularity.axis is not None
+        axis = encoding.spec.granularity.axis % len(writer.shape(source))
+    grid = [writer.constant(encoding.scale.numpy()), writer.constant(encoding.zero_point.numpy().astype(dtype))]
+    real = writer.value(source)
+    if writer.is_guarded and needs_barrier_before_quantizer(node, writer.scene):
+        real = writer.barrier(real, source.name)
+    is_narrow = (encoding.spec.qmin, encoding.spec.qmax) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if is_narrow and dtype.itemsize > 1:
+        real = _clip_reals(real, source, encoding, writer)
+        is_narrow = False
+    codes = _emit_codes(source.name, [real, *grid], axis, encoding.spec if is_narrow else None, writer)
+    codes.shape, codes.type = writer.onnx_shape(writer.type_of(source)), ir.TensorType(ir.DataType.from_numpy(dtype))
+    return writer.place("DequantizeLinear", [codes, *grid], node.name, axis=axis)
+
+
+def _emit_codes(
+    name: str, inputs: list[ir.Value], axis: int | None, narrow: QuantSpec | None, writer: GraphWriter
+) -> ir.Value:
+    if narrow is None:
+        return writer.place("QuantizeLinear", inputs, f"{name}.codes", name=f"{name}.quantize", axis=axis)
+    wide = writer.place("QuantizeLinear", inputs, f"{name}.quantize", axis=axis)
+    assert inputs[2].dtype is not None
+    bounds = [writer.constant(np.array(bound, inputs[2].dtype.numpy())) for bound in (narrow.qmin, narrow.qmax)]
+    return writer.place("Clip", [wide, *bounds], f"{name}.codes", name=f"{name}.clip")
+
+
+def _clip_reals(real: ir.Value, source: fx.Node, encoding: Encoding, writer: GraphWriter) -> ir.Value:
+    """`real` within the grid's range: onnxruntime has no Clip of 16-bit codes (and no integer kernel to keep fused)."""
+    spec, rank = encoding.spec, len(writer.shape(source))
+    bounds = [dequantize(torch.tensor(code), encoding.scale, encoding.zero_point) for code in (spec.qmin, spec.qmax)]
+    low, high = (along_axis(bound, spec.granularity, rank).numpy() for bound in bounds)
+    above = writer.place("Max", [real, writer.constant(low)], f"{source.name}.clip_low")
+    return writer.place("Min", [above, writer.constant(high)], f"{source.name}.clip_high")
