@@ -1,0 +1,145 @@
+"""The simulations that parity can compare with: what they must offer, and the float one.
+
+An exact simulation implements the same protocol on integer codes; nothing else in parity depends on how codes are
+computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from fxquant.errors import ParityError, nearest
+from fxquant.graph.program import Program
+from fxquant.numerics.rounding import dequantize
+from fxquant.parity.segments import SegmentReader
+
+
+@dataclass(frozen=True, eq=False)
+class RuntimeCodes:
+    """What onnxruntime computed at a quantizer: integer codes, on the grid (broadcastable) that the file gives them."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def real(self) -> torch.Tensor:
+        """Real values (float32), as the file's DequantizeLinear computes them."""
+        return dequantize(self.codes, self.scale, self.zero_point)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a simulation computed: int32 codes at an activation's FakeQuant node, or the value of a returned node."""
+
+    node: fx.Node
+    value: torch.Tensor
+    is_output: bool
+
+
+class Simulation(Protocol):
+    """A way of computing what a program's integers are."""
+
+    @property
+    def name(self) -> str:
+        """Name that a user asks for it by."""
+
+    def run(self, program: Program, inputs: Mapping[str, Any], teacher: Mapping[str, RuntimeCodes]) -> Iterator[Step]:
+        """Codes at every activation's FakeQuant in graph order, then the values that the graph returns.
+
+        Arguments:
+            inputs: a value for each placeholder, by name.
+            teacher: by FakeQuant node, what the nodes behind it are to read instead of what was simulated. Empty: the
+                simulation runs freely. Full: each step depends on its own segment alone.
+        """
+
+
+class FloatSimulation:
+    """Fake quantization in float32, int32 biases: what `program.module` computes in eval mode."""
+
+    name = "float"
+
+    def run(self, program: Program, inputs: Mapping[str, Any], teacher: Mapping[str, RuntimeCodes]) -> Iterator[Step]:
+        """See Simulation.run; values are dropped after their last use."""
+        returned = program.graph.output_node().all_input_nodes
+        evaluation = Evaluation(program, inputs, teacher)
+        for node, codes in evaluation.run(list(program.graph.nodes), keep=returned):
+            if codes is not None:
+                yield Step(node, codes, is_output=False)
+        for node in returned:
+            value = evaluation.values[node]
+            yield Step(node, value if isinstance(value, torch.Tensor) else torch.tensor([value]), is_output=True)
+
+
+class Evaluation:
+    """Computes nodes of a program on given inputs, with onnxruntime's codes in place of its own where given."""
+
+    def __init__(self, program: Program, inputs: Mapping[str, Any], teacher: Mapping[str, RuntimeCodes]) -> None:
+        self.values: dict[fx.Node, Any] = {}
+        self._program = program
+        self._inputs = inputs
+        self._teacher = teacher
+        self._reader = SegmentReader(program)
+        self._interpreter = fx.Interpreter(program.module, garbage_collect_values=False)
+        self._interpreter.env = self.values
+
+    def run(self, nodes: list[fx.Node], keep: list[fx.Node]) -> Iterator[tuple[fx.Node, torch.Tensor | None]]:
+        """Compute `nodes` (closed under their inputs, in graph order); yields each with its codes if it is a quantizer.
+
+        Values are dropped after their last use, unless they are to be kept.
+        """
+        dead = _last_uses(nodes, set(keep))
+        with torch.no_grad():
+            for node in nodes:
+                codes = self._compute(node)
+                yield node, codes
+                for used in dead.get(node, ()):
+                    del self.values[used]
+
+    def _compute(self, node: fx.Node) -> torch.Tensor | None:
+        if node.op == "output":
+            return None
+        if node.op == "placeholder":
+            self.values[node] = self._inputs[node.name]
+            return None
+        codes = None
+        if self._reader.is_activation_quantizer(node):
+            module = self._program.fake_quant(node)
+            assert module is not None
+            codes = module.codes(self.values[node.args[0]])  # type: ignore[index]
+        self.values[node] = self._taught(node, codes) if codes is not None else self._interpreter.run_node(node)
+        return codes
+
+    def _taught(self, node: fx.Node, codes: torch.Tensor) -> Any:
+        taught = self._teacher.get(node.name)
+        # A file that computes another shape cannot teach what follows; the difference is counted at this node.
+        if taught is None or taught.codes.shape != codes.shape:
+            return self._interpreter.run_node(node)
+        return taught.real()
+
+
+def _last_uses(nodes: list[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """By node, the values that nothing of `nodes` reads after it."""
+    last = {node: node for node in nodes if node.op != "output"}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for value, user in last.items():
+        if value not in keep:
+            dead.setdefault(user, []).append(value)
+    return dead
+
+
+SIMULATIONS: dict[str, Simulation] = {FloatSimulation.name: FloatSimulation()}
+
+
+def find_simulation(name: str) -> Simulation:
+    """The simulation called `name`; an unknown name is a ParityError that lists the known ones."""
+    if name not in SIMULATIONS:
+        raise ParityError(f"simulation '{name}' is unknown", remedy=nearest(name, SIMULATIONS))
+    return SIMULATIONS[name]

@@ -1,0 +1,179 @@
+"""ONNX files of small programs, and faults planted in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from fxquant.graph.program import Program
+from fxquant.lowering.lower import lower
+from fxquant.numerics.runtime import Array
+from fxquant.parity import ParityReport, RuntimeOptions, check_parity
+from tests.lowering.programs import fake_quant_of, float_program, image, quantized, residual_program
+
+ONE_THREAD = RuntimeOptions(threads=1)
+Edit = Callable[[onnx.GraphProto], None]
+
+
+class Tokens(nn.Module):
+    """A square linear layer at rank 3 (its weight is stored transposed), an attention-like product, and a float head."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=-1)
+        return self.head(nn.functional.gelu(self.norm(scores @ x)))
+
+
+TOKENS_VALUES = ("x", "linear", "linear_1", "transpose", "matmul", "softmax", "matmul_1", "layer_norm", "gelu")
+
+
+def tokens(batch: int = 2, seed: int = 3, length: int = 6) -> torch.Tensor:
+    """Normal noise of shape [batch, length, 8]."""
+    return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_program() -> Program:
+    """A calibrated Tokens; its head's output is not quantized."""
+    torch.manual_seed(1)
+    return quantized(float_program(Tokens(), tokens()), TOKENS_VALUES, tokens(8), shares={"transpose": "linear_1"})
+
+
+def square_tokens_program() -> Program:
+    """The same for as many tokens as channels: what is transposed keeps its shape."""
+    torch.manual_seed(1)
+    square = tokens(8, length=8)
+    return quantized(float_program(Tokens(), square), TOKENS_VALUES, square, shares={"transpose": "linear_1"})
+
+
+def low_relu_program() -> Program:
+    """A calibrated Residual whose first relu has a grid that reaches below 0, so that the Relu is needed."""
+    program = residual_program()
+    fake_quant_of(program, "relu").set_range(torch.tensor(-1.0), torch.tensor(2.0))
+    return program
+
+
+def export(program: Program, folder: Path) -> Path:
+    """The program's ONNX file in `folder`."""
+    path = folder / "model.onnx"
+    onnx.save(ir.to_proto(lower(program)), path)
+    return path
+
+
+def plant(path: Path, edit: Edit) -> Path:
+    """The same file with `edit` done to its graph; everything else, the fingerprint too, stays."""
+    model = onnx.load(path)
+    edit(model.graph)
+    planted = path.with_name("planted.onnx")
+    onnx.save(model, planted)
+    return planted
+
+
+def compare(program: Program, path: Path, *, check_stored: bool = True, seeds: int = 2) -> ParityReport:
+    """check_parity on `seeds` batches of 4 images or token sequences."""
+    shape = program.node("x").meta["type"].shape
+    batches = [tokens(4, seed, shape[1]) if len(shape) == 3 else image(4, seed) for seed in range(seeds)]
+    return check_parity(program, path, batches, options=ONE_THREAD, progress=False, check_stored=check_stored)
+
+
+def change_constant(name: str, change: Callable[[Array], Array]) -> Edit:
+    """Replace an initializer's contents."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        tensor = next(tensor for tensor in graph.initializer if tensor.name == name)
+        array = numpy_helper.to_array(tensor)
+        tensor.CopyFrom(numpy_helper.from_array(change(array.copy()).astype(array.dtype), name))
+
+    return edit
+
+
+def change_code(name: str, by: int) -> Edit:
+    """Move the code of largest room in an initializer by `by`."""
+
+    def change(codes: Array) -> Array:
+        index = np.unravel_index(int(np.argmin(codes) if by > 0 else np.argmax(codes)), codes.shape)
+        codes[index] += by
+        return codes
+
+    return change_constant(name, change)
+
+
+def change_grid(quantizer: str, slot: int, change: Callable[[Array], Array]) -> Edit:
+    """Replace the scale (slot 1) or zero point (slot 2) of a DequantizeLinear and its QuantizeLinear by an own, changed copy."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        node = node_of(graph, quantizer)
+        old = node.input[slot]
+        array = numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == old))
+        graph.initializer.append(
+            numpy_helper.from_array(change(array.copy()).astype(array.dtype), f"{quantizer}.planted")
+        )
+        for reader in graph.node:
+            if reader is node or node.input[0] in reader.output:
+                reader.input[slot] = f"{quantizer}.planted"
+
+    return edit
+
+
+def node_of(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
+    """The node called `name`."""
+    return next(node for node in graph.node if node.name == name)
+
+
+def remove_node(name: str) -> Edit:
+    """Take out a node of one input and one output; its readers read its input."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        node = node_of(graph, name)
+        for reader in graph.node:
+            for index, tensor in enumerate(reader.input):
+                if tensor == node.output[0]:
+                    reader.input[index] = node.input[0]
+        graph.node.remove(node)
+
+    return edit
+
+
+def swap_weight_axis(quantizer: str) -> Edit:
+    """Let the channels of a matrix's DequantizeLinear run along the other axis."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        (axis,) = (attribute.i for attribute in node_of(graph, quantizer).attribute if attribute.name == "axis")
+        set_attribute(quantizer, "axis", 1 - axis)(graph)
+
+    return edit
+
+
+def store_transposed(layer: str, weight: str) -> Edit:
+    """Store a Gemm's weight [in, out] instead of [out, in]: another file that computes the same."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        change_constant(f"{weight}.codes", np.transpose)(graph)
+        swap_weight_axis(f"{weight}_fq")(graph)
+        set_attribute(layer, "transB", 0)(graph)
+
+    return edit
+
+
+def set_attribute(name: str, key: str, value: object) -> Edit:
+    """Set an attribute of a node."""
+
+    def edit(graph: onnx.GraphProto) -> None:
+        node = node_of(graph, name)
+        kept = [attribute for attribute in node.attribute if attribute.name != key]
+        del node.attribute[:]
+        node.attribute.extend([*kept, onnx.helper.make_attribute(key, value)])
+
+    return edit
