@@ -1,0 +1,40 @@
+"""fxquant: a graph-rewriting quantizer on torch.fx whose simulated integers are the integers that onnxruntime runs."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fxquant.calibration import calibrate
+from fxquant.capture import capture
+from fxquant.errors import FxquantError
+from fxquant.graph.manager import PassManager
+from fxquant.graph.pipeline import Pipeline, load_pipeline
+from fxquant.graph.program import Program, Stage
+from fxquant.graph.storage import load_program
+from fxquant.lowering.export import export_onnx
+from fxquant.parity import ParityReport, check_parity
+from fxquant.sim import QuantSim
+from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, Target
+
+__version__ = version("fxquant")
+
+__all__ = [
+    "Encoding",
+    "FxquantError",
+    "Granularity",
+    "Limits",
+    "ParityReport",
+    "PassManager",
+    "Pipeline",
+    "Program",
+    "QuantSim",
+    "QuantSpec",
+    "Stage",
+    "Target",
+    "calibrate",
+    "capture",
+    "check_parity",
+    "export_onnx",
+    "load_pipeline",
+    "load_program",
+]

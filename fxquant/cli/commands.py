@@ -1,0 +1,141 @@
+"""What the subcommands do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Iterable
+
+from fxquant.calibration import calibrate
+from fxquant.capture import capture
+from fxquant.cli.loading import first_batch, load_batches, load_model
+from fxquant.demo.run import DemoResult, run_demo, write_atomically
+from fxquant.errors import FxquantError
+from fxquant.graph.batches import Batch
+from fxquant.graph.pipeline import load_pipeline
+from fxquant.graph.program import Program
+from fxquant.graph.storage import load_program
+from fxquant.lowering.export import export_onnx
+from fxquant.numerics.runtime import Level, RuntimeOptions
+from fxquant.parity import check_parity
+
+
+def demo(options: argparse.Namespace) -> int:
+    """`fxquant demo`: 0 if the integer model agrees within one step at every node."""
+    folder = Path(options.out)
+    result = run_demo(folder, epochs=options.epochs, seed=options.seed, config=options.config)
+    print(result.parity)
+    print(_demo_summary(result))
+    print(f"\nwrote {folder}: model.onnx, model.fxq, float.onnx, graph.svg, passes/, report.json")
+    return 0 if result.parity.worst_local_steps <= 1 and not result.parity.fault else 1
+
+
+def _demo_summary(result: DemoResult) -> str:
+    rows = [
+        ("accuracy, float (torch)", f"{result.float_accuracy:.4f}"),
+        ("accuracy, simulated (torch)", f"{result.simulated_accuracy:.4f}"),
+        ("accuracy, int8 (onnxruntime)", f"{result.int8_accuracy:.4f}"),
+        ("size, int8 / float", f"{result.int8_bytes} / {result.float_bytes} bytes = {result.int8_bytes / result.float_bytes:.2f}"),
+        ("latency, int8 / float", f"{result.int8_seconds / result.float_seconds:.2f} (batch 1, 1 thread, medians)"),
+    ]
+    return "\n" + "\n".join(f"{name:30} {value}" for name, value in rows)
+
+
+def show(options: argparse.Namespace) -> int:
+    """`fxquant show`."""
+    program = _program(options.program, options)
+    if options.config and not options.program.endswith(".fxq"):
+        trace = load_pipeline(options.config).prepare(program)
+        if options.passes:
+            print(trace)
+    elif options.passes or options.config:
+        raise FxquantError("show", expected="a model with --config", got="a saved program", remedy="Leave --config and --passes out.")
+    print(program)
+    if options.draw:
+        program.draw(options.draw)
+    return 0
+
+
+def _program(name: str, options: argparse.Namespace) -> Program:
+    """A saved program, or the capture of a model on the first batch of --data."""
+    if name.endswith(".fxq"):
+        return load_program(name)
+    if options.data is None:
+        raise FxquantError(f"model '{name}'", expected="--data, whose first batch are the example inputs", got="none")
+    batches = load_batches(options.data, options.batch_size)
+    return capture(load_model(name), first_batch(batches, options.data))
+
+
+def diff(options: argparse.Namespace) -> int:
+    """`fxquant diff`."""
+    if options.after is not None:
+        print(load_program(options.before).diff(load_program(options.after)), end="")
+        return 0
+    if options.before.endswith(".fxq"):
+        raise FxquantError("diff", expected="two .fxq files, or a model", got="one .fxq file")
+    program = _program(options.before, options)
+    before = program.copy()
+    trace = load_pipeline(options.config).prepare(program)
+    if options.pass_name is None:
+        print(before.diff(program), end="")
+        return 0
+    print(trace.diff(options.pass_name), end="")
+    return 0
+
+
+def quantize(options: argparse.Namespace) -> int:
+    """`fxquant quantize`."""
+    batches = load_batches(options.data, options.batch_size)
+    pipeline = load_pipeline(options.config)
+    first, batches = _peek(batches, options.data)
+    program = capture(load_model(options.model), first)
+    print(pipeline.prepare(program))
+    calibrate(program, batches, max_batches=options.max_batches)
+    pipeline.finalize(program)
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    export_onnx(program, folder / "model.onnx", opset=options.opset)
+    program.save(folder / "model.fxq")
+    for note in program.notes:
+        print(f"note: {note}")
+    print(f"wrote {folder / 'model.onnx'} and {folder / 'model.fxq'}")
+    print(f"check it: fxquant parity {folder / 'model.onnx'} --data {options.data}")
+    return 0
+
+
+def _peek(batches: Iterable[Batch], name: str) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, and all batches: an iterator is not robbed of its first one."""
+    iterator = iter(batches)
+    if iterator is not batches:
+        return first_batch(batches, name), batches
+    first = first_batch(iterator, name)
+
+    def again() -> Iterable[Batch]:
+        yield first
+        yield from iterator
+
+    return first, again()
+
+
+def parity(options: argparse.Namespace) -> int:
+    """`fxquant parity`: 0 if no node differs by more than the tolerance, locally."""
+    onnx_path = Path(options.onnx)
+    program_path = Path(options.program) if options.program else onnx_path.with_suffix(".fxq")
+    if not program_path.is_file():
+        raise FxquantError(f"parity: program '{program_path}' does not exist", remedy="Name it with --program.")
+    batches: Iterable[Batch] = load_batches(options.data, options.batch_size)
+    if options.max_batches is not None:
+        batches = list(islice(batches, options.max_batches))
+    runtime = RuntimeOptions(level=Level(options.level), threads=options.threads)
+    report = check_parity(load_program(program_path), onnx_path, batches, options=runtime)
+    text = json.dumps(report.to_dict(), indent=2)
+    if options.json == "-":
+        sys.stdout.write(text + "\n")
+    else:
+        print(report)
+    if options.json and options.json != "-":
+        write_atomically(Path(options.json), text)
+    return 0 if report.worst_local_steps <= options.tolerance and not report.fault else 1

@@ -1,0 +1,122 @@
+"""The demo: train, capture, prepare, calibrate, finalize, lower, run in onnxruntime, compare, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import fxquant.graph.trace as tracing
+from fxquant.calibration import calibrate
+from fxquant.capture import capture
+from fxquant.demo.digits import BATCH, Digits, load_digits, train
+from fxquant.demo.net import DigitsNet
+from fxquant.graph.pipeline import load_pipeline
+from fxquant.graph.program import Program
+from fxquant.lowering.export import export_onnx
+from fxquant.numerics.runtime import RuntimeOptions, open_session
+from fxquant.parity import ParityReport, check_parity
+
+CALIBRATION_BATCHES = 8
+PARITY_BATCHES = 4
+TIMED_RUNS = 200
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo found; accuracies as fractions of the held-back digits, sizes in bytes, latencies as medians in seconds."""
+
+    float_accuracy: float
+    simulated_accuracy: float
+    int8_accuracy: float
+    float_bytes: int
+    int8_bytes: int
+    float_seconds: float
+    int8_seconds: float
+    parity: ParityReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        numbers = {key: value for key, value in vars(self).items() if key != "parity"}
+        return {**numbers, "parity": self.parity.to_dict()}
+
+
+def run_demo(folder: Path, *, epochs: int, seed: int, config: str) -> DemoResult:
+    """Run the whole demo; writes float.onnx, model.onnx, model.fxq, graph.svg, passes/ and report.json into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    digits = load_digits(seed)
+    net = DigitsNet()
+    train(net, digits, epochs=epochs, seed=seed)
+    program = capture(net, digits.train_images[:2])
+    export_onnx(program, folder / "float.onnx")
+    _quantize(program, digits, config, folder / "passes")
+    export_onnx(program, folder / "model.onnx")
+    program.save(folder / "model.fxq")
+    program.draw(folder / "graph.svg")
+    result = _measure(net, program, digits, folder)
+    write_atomically(folder / "report.json", json.dumps(result.to_dict(), indent=2))
+    return result
+
+
+def _quantize(program: Program, digits: Digits, config: str, dumps: Path) -> None:
+    pipeline = load_pipeline(config)
+    trace: tracing.PassTrace = pipeline.prepare(program)
+    trace.dump(dumps / "prepare")
+    calibrate(program, list(digits.train_images.split(BATCH))[:CALIBRATION_BATCHES])
+    pipeline.finalize(program).dump(dumps / "finalize")
+
+
+def _measure(net: torch.nn.Module, program: Program, digits: Digits, folder: Path) -> DemoResult:
+    float_path, int8_path = folder / "float.onnx", folder / "model.onnx"
+    report = check_parity(program, int8_path, list(digits.test_images.split(BATCH))[:PARITY_BATCHES])
+    float_seconds, int8_seconds = _latencies(float_path, int8_path, digits.test_images[:1].numpy())
+    with torch.no_grad():
+        float_logits, simulated_logits = net(digits.test_images), program.module(digits.test_images)
+    return DemoResult(
+        float_accuracy=_accuracy(float_logits, digits.test_labels),
+        simulated_accuracy=_accuracy(simulated_logits, digits.test_labels),
+        int8_accuracy=_accuracy(_run_onnx(int8_path, digits.test_images), digits.test_labels),
+        float_bytes=float_path.stat().st_size,
+        int8_bytes=int8_path.stat().st_size,
+        float_seconds=float_seconds,
+        int8_seconds=int8_seconds,
+        parity=report,
+    )
+
+
+def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
+
+
+def _run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
+    outputs = open_session(path, RuntimeOptions()).run({"x": images.numpy()})
+    return torch.from_numpy(outputs["output"])
+
+
+def _latencies(float_path: Path, int8_path: Path, image: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Median seconds of one image through each model, the runs taken in turn."""
+    sessions = [open_session(path, RuntimeOptions()) for path in (float_path, int8_path)]
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(TIMED_RUNS):
+        for session, taken in zip(sessions, seconds):
+            start = time.perf_counter()
+            session.run({"x": image})
+            taken.append(time.perf_counter() - start)
+    return float(np.median(seconds[0])), float(np.median(seconds[1]))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
