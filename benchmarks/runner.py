@@ -77,6 +77,22 @@ class Timings:
         }
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """A promise, whether it was kept, and the figures that say so."""
+
+    promise: str
+    is_kept: bool
+    figures: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.is_kept else 'FAIL'} {self.promise}: {self.figures}"
+
+    def to_dict(self) -> dict[str, Json]:
+        """The fields by name."""
+        return {"promise": self.promise, "kept": self.is_kept, "figures": self.figures}
+
+
 def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3) -> Timings:
     """Time the calls in turn, A B C A B C ..., after `warmup` unmeasured rounds; wall clock.
 

@@ -22,7 +22,7 @@ from benchmarks import assets, baseline, lowered, photos, runner
 from benchmarks.kernels import Session, open_session
 from benchmarks.networks import NETWORKS, Network, synthetic_images
 from benchmarks.quality import Quality, judge
-from benchmarks.runner import Json, Timings, progress
+from benchmarks.runner import Json, Timings, Verdict, progress
 
 FLOAT, STATIC, FXQUANT = "float", "quantize_static", "fxquant"
 VARIANTS = (FLOAT, STATIC, FXQUANT)
@@ -62,18 +62,6 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """A promise, whether it was kept, and the figures that say so."""
-
-    promise: str
-    is_kept: bool
-    figures: str
-
-    def __str__(self) -> str:
-        return f"{'ok  ' if self.is_kept else 'FAIL'} {self.promise}: {self.figures}"
-
-
-@dataclass(frozen=True)
 class Result:
     """Everything measured on one network."""
 
@@ -93,7 +81,7 @@ class Result:
             "variants": {name: self._variant(name) for name in VARIANTS},
             "fxquant_seconds": dict(self.seconds),
             "parity": self.parity.to_dict(),
-            "verdicts": [{"promise": v.promise, "kept": v.is_kept, "figures": v.figures} for v in self.verdicts],
+            "verdicts": [verdict.to_dict() for verdict in self.verdicts],
             "skipped": list(self.skipped),
         }
 

@@ -15,7 +15,7 @@ from fxquant.ops.table import TABLE
 from fxquant.placement import Decision, Rule, check_rules, decide
 from fxquant.spec import QuantSpec
 
-from .values import arg_slot, definition_of, is_float_value, is_parameter, role_of, wanted_specs, weight_slot
+from .values import arg_slot, definition_of, is_float_value, is_parameter, role_of, set_value_spec, wanted_specs, weight_slot
 
 INTEGER_ROLES = (Role.WEIGHTED, Role.COMPUTE, Role.CONCAT, Role.FIXED_RANGE)
 MASK_REASON = "mask before softmax"
@@ -63,6 +63,7 @@ class AssignSpecs(Pass):
                 rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
                 continue
             self._assign(program, rewriter, node, definition, masked)
+        _limit_outputs(program, rewriter)
         _spread_forward(program, rewriter)
         _spread_backward(program, rewriter)
 
@@ -101,9 +102,7 @@ class AssignSpecs(Pass):
                     continue
                 is_weight = slot == of_weight and _is_constant(value)
                 rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
-        limits = definition.output_range
-        spec = decision.activation if limits is None else decision.activation.limited(limits)  # case 2
-        rewriter.set_output_spec(node, spec, decision.rule)
+        rewriter.set_output_spec(node, decision.activation, decision.rule)
 
 
 def _is_constant(value: fx.Node) -> bool:
@@ -149,6 +148,15 @@ def _additions_above(program: Program, softmax: fx.Node) -> list[fx.Node]:
         elif definition.role_for(node) is Role.GRID_PRESERVING:
             pending.append(node.args[0] if isinstance(node.args[0], fx.Node) else None)
     return chain
+
+
+def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
+    """Case 2: what is wanted of a value obeys the range that its operation fixes, whoever wants it."""
+    for node in program.graph.nodes:
+        definition = definition_of(program, node)
+        if definition is not None and definition.output_range is not None:
+            for spec in wanted_specs(node):
+                set_value_spec(rewriter, node, spec, spec.limited(definition.output_range))
 
 
 def _spread_forward(program: Program, rewriter: Rewriter) -> None:

@@ -91,7 +91,7 @@ def _is_noop(node: fx.Node) -> bool:
 def _is_full_slice(node: fx.Node) -> bool:
     start, end, step = (list(node.args[2:]) + [None, None, 1][len(node.args[2:]) :])[:3]
     open_end = end is None or (isinstance(end, int) and end >= 2**62)
-    return start in (None, 0) and step == 1 and open_end
+    return bool(start in (None, 0) and step == 1 and open_end)
 
 
 def make(graph: fx.Graph, target: Callable[..., Any], args: Sequence[Any], like: fx.Node, value: Any = None) -> fx.Node:

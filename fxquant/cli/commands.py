@@ -53,7 +53,7 @@ def show(options: argparse.Namespace) -> int:
             print(trace)
     elif options.passes or options.config:
         raise FxquantError("show", expected="a model with --config", got="a saved program", remedy="Leave --config and --passes out.")
-    print(program)
+    print(program, end="")
     if options.draw:
         program.draw(options.draw)
     return 0

@@ -25,7 +25,7 @@ def load_model(name: str) -> Model:
         exported: torch.export.ExportedProgram = torch.export.load(path)
         return exported
     found = resolve(name, "model")
-    model = found if isinstance(found, torch.nn.Module) else found()
+    model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         raise FxquantError(f"model '{name}'", expected="an nn.Module, or a callable that returns one", got=type(model).__name__)
     return model

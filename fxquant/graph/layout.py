@@ -12,7 +12,7 @@ Key = Hashable
 SWEEPS = 6
 DUMMY_WIDTH = 10.0
 COLUMN_GAP = 22.0
-ROW_GAP = 16.0
+ROW_GAP = 18.0
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ def lay_out(sizes: Mapping[Key, tuple[float, float]], edges: Iterable[tuple[Key,
     chains = {edge: _chain(edge, rows_of) for edge in pairs}
     rows = _ordered_rows(rows_of, chains)
     xs = _columns(rows, chains, {key: size[0] for key, size in sizes.items()})
-    ys, height = _heights(rows, {key: size[1] for key, size in sizes.items()})
-    centres = {key: (xs[key], ys[rows_of[key]]) for key in sizes}
-    paths = {edge: _points(chain, xs, ys, rows_of, sizes) for edge, chain in chains.items()}
+    bands = _bands(rows, {key: size[1] for key, size in sizes.items()})
+    centres = {key: (xs[key], sum(bands[rows_of[key]]) / 2) for key in sizes}
+    paths = {edge: _points(chain, xs, bands, centres, sizes) for edge, chain in chains.items()}
     right = max((xs[key] + sizes[key][0] / 2 for key in sizes), default=0.0)
     right = max((right, *(x + DUMMY_WIDTH for points in paths.values() for x, _ in points)))
-    return Layout(centres, paths, right, height)
+    return Layout(centres, paths, right, bands[-1][1] if bands else 0.0)
 
 
 def _rows(keys: Iterable[Key], edges: list[tuple[Key, Key]]) -> dict[Key, int]:
@@ -178,25 +178,25 @@ def _mean(values: Sequence[float], otherwise: float) -> float:
     return sum(values) / len(values) if values else otherwise
 
 
-def _heights(rows: list[list[Key]], heights: Mapping[Key, float]) -> tuple[list[float], float]:
-    ys: list[float] = []
+def _bands(rows: list[list[Key]], heights: Mapping[Key, float]) -> list[tuple[float, float]]:
+    """Top and bottom of each row."""
+    bands: list[tuple[float, float]] = []
     top = 0.0
     for row in rows:
         height = max((heights.get(key, 0.0) for key in row), default=0.0)
-        ys.append(top + height / 2)
+        bands.append((top, top + height))
         top += height + ROW_GAP
-    return ys, max(top - ROW_GAP, 0.0)
+    return bands
 
 
 def _points(
     chain: list[Key],
     xs: dict[Key, float],
-    ys: list[float],
-    rows_of: dict[Key, int],
+    bands: list[tuple[float, float]],
+    centres: dict[Key, tuple[float, float]],
     sizes: Mapping[Key, tuple[float, float]],
 ) -> list[tuple[float, float]]:
-    source, target = chain[0], chain[-1]
-    start = (xs[source], ys[rows_of[source]] + sizes[source][1] / 2)
-    end = (xs[target], ys[rows_of[target]] - sizes[target][1] / 2)
-    between = [(xs[item], ys[item.row]) for item in chain[1:-1] if isinstance(item, Dummy)]
-    return [start, *between, end]
+    """From the bottom of the source to the top of the target, straight down through every row between."""
+    (x0, y0), (x1, y1) = centres[chain[0]], centres[chain[-1]]
+    between = [(xs[item], y) for item in chain[1:-1] if isinstance(item, Dummy) for y in bands[item.row]]
+    return [(x0, y0 + sizes[chain[0]][1] / 2), *between, (x1, y1 - sizes[chain[-1]][1] / 2)]

@@ -153,12 +153,12 @@ class _Run:
         if not was_edited:
             return
         changed = self.snapshot.changed(after)
-        self.lines = {
-            name: render_node(self.program, state.node)
-            if name in changed or state.op == "call_module"
-            else self.lines[name]
-            for name, state in after.nodes.items()
-        }
+        lines = {}
+        for name, state in after.nodes.items():
+            old = self.lines.get(name, "")
+            new = render_node(self.program, state.node) if name in changed or state.op == "call_module" else old
+            lines[name] = old if new == old else new  # the same object, so that the pictures of a trace share it
+        self.lines = lines
 
     def _roll_back(self, rewriter: Rewriter) -> list[str]:
         rewriter.undo_edits_in_place()

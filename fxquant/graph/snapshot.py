@@ -258,11 +258,11 @@ def _walk(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _module_state(module: nn.Module) -> ModuleState:
     attributes = {}
-    if not isinstance(module, fx.GraphModule):
+    if type(module) is not nn.Module and not isinstance(module, fx.GraphModule):
         attributes = {
             name: value
             for name, value in vars(module).items()
-            if isinstance(value, _PLAIN) and not name.startswith("_") and name != "training"
+            if name[0] != "_" and name != "training" and isinstance(value, _PLAIN)
         }
     return ModuleState(module, dict(module._parameters), dict(module._buffers), dict(module._modules), attributes)
 

@@ -12,11 +12,12 @@ Identity is removed). Each case was measured, onnxruntime at level ALL against n
 
 from __future__ import annotations
 
-import torch
+import onnx_ir as ir
 from torch import fx
 
-from fxquant.graph.program import value_type
 from fxquant.lowering.scene import Layer, Scene
+
+_REARRANGE = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Gather"})
 
 
 def needs_barrier_before_quantizer(node: fx.Node, scene: Scene) -> bool:
@@ -29,23 +30,29 @@ def needs_barrier_before_quantizer(node: fx.Node, scene: Scene) -> bool:
     return layer is not None and scene.is_quantized(layer.x) and _has_float_parameter(layer, scene)
 
 
-def needs_barrier_behind_weight(node: fx.Node, weight: fx.Node, scene: Scene) -> bool:
-    """Whether a barrier belongs behind the DequantizeLinear of `weight`, which `node` reads (case 2)."""
-    layer = scene.layer(node)
-    if layer is None or layer.weight is not weight or not scene.is_quantizer(weight) or scene.is_quantized(layer.x):
+def needs_barrier_behind_weight(product: ir.Node) -> bool:
+    """Whether a barrier belongs before the second input of an ONNX node, because it is a product of case 2."""
+    if product.op_type != "MatMul":
         return False
-    kind = value_type(node)
-    is_gemm = node.target is torch.ops.aten.linear.default and kind is not None and len(kind.shape) == 2
-    return not is_gemm and "MatMul" in _types(layer, scene)
+    left, right = product.inputs
+    return _is_dequantized_constant(right) and not _is_dequantized(left)
+
+
+def _is_dequantized_constant(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    codes = None if producer is None or producer.op_type != "DequantizeLinear" else producer.inputs[0]
+    return codes is not None and codes.const_value is not None
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in _REARRANGE:
+            return producer.op_type == "DequantizeLinear"
+        value = producer.inputs[0]
+    return False
 
 
 def _has_float_parameter(layer: Layer, scene: Scene) -> bool:
     if not scene.is_quantizer(layer.weight):
         return True
     return layer.bias is not None and scene.program.bias_fake_quant(layer.bias) is None
-
-
-def _types(layer: Layer, scene: Scene) -> tuple[str, ...]:
-    definition = scene.definition(layer.node)
-    assert definition is not None
-    return definition.types_for(layer.node)

@@ -41,7 +41,7 @@ def save(model: ir.Model, path: Path, external: bool | None = None) -> None:
     try:
         _write(model, path, placed, location)
     except BaseException as err:
-        if location is not None and location not in old_data:  # a file that the old model still reads stays
+        if location is not None and location not in external_files(path):  # no model reads it
             _remove(path.parent / location)
         if not isinstance(err, OSError):
             raise
@@ -50,6 +50,7 @@ def save(model: ir.Model, path: Path, external: bool | None = None) -> None:
             got=err.strerror or str(err),
             remedy="Free space or choose another folder; what was there before is unchanged.",
         ) from err
+    _flush_folder(path.parent)
     for stale in old_data - {location}:
         _remove(path.parent / stale)
 
@@ -144,7 +145,6 @@ def replacement(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         _remove(temporary)
         raise
-    _flush_folder(path.parent)
 
 
 @contextlib.contextmanager

@@ -134,14 +134,7 @@ class GraphWriter:
             return value if order is None else self.op("Transpose", [value], perm=list(order))
         if (node, order) not in self._weights:
             self._weights[node, order] = self._write_constant(node, order)
-        value = self._weights[node, order]
-        if (
-            self.is_guarded
-            and self._current is not None
-            and needs_barrier_behind_weight(self._current, node, self.scene)
-        ):
-            return self.barrier(value, node.name)
-        return value
+        return self._weights[node, order]
 
     def sizes(self, sizes: Sequence[Size]) -> ir.Value:
         """A 1-D int64 value of sizes: constant where all are ints, else concatenated from the nodes' scalars."""
@@ -175,6 +168,8 @@ class GraphWriter:
         self._current, self._pending = node, []
         try:
             result = emitter(node, self)
+            if self.is_guarded:
+                self._protect_products()
             self._values[node] = self._name(node, result)
         finally:
             self._current, self._pending = None, []
@@ -228,6 +223,14 @@ class GraphWriter:
         result = self.place("Max", [value], f"{name}.barrier")
         result.shape, result.type = value.shape, value.type
         return result
+
+    def _protect_products(self) -> None:
+        for pending in list(self._pending):
+            weight = pending.inputs[1] if needs_barrier_behind_weight(pending) else None
+            if weight is not None:
+                value = self.barrier(weight, str(weight.name))
+                pending.replace_input_with(1, value)
+                self.nodes.insert(self.nodes.index(pending), self.nodes.pop())
 
     def append(self, node: ir.Node) -> None:
         """Append an ONNX node as it is; unnamed ones are named when the emission ends."""

@@ -100,7 +100,7 @@ class Session:
                 got=", ".join(inputs) or "none",
             )
         names = list(self.output_names if outputs is None else outputs)
-        feed = {name: np.ascontiguousarray(inputs[name]) for name in self.input_names}
+        feed = {name: np.asarray(inputs[name], order="C") for name in self.input_names}
         try:
             return dict(zip(names, self._session.run(names, feed), strict=True))
         except Exception as err:  # onnxruntime's exceptions share no base class

@@ -106,12 +106,13 @@ class Evaluation:
         if node.op == "placeholder":
             self.values[node] = self._inputs[node.name]
             return None
-        codes = None
-        if self._reader.is_activation_quantizer(node):
-            module = self._program.fake_quant(node)
-            assert module is not None
-            codes = module.codes(self.values[node.args[0]])  # type: ignore[index]
-        self.values[node] = self._taught(node, codes) if codes is not None else self._interpreter.run_node(node)
+        if not self._reader.is_activation_quantizer(node):
+            self.values[node] = self._interpreter.run_node(node)
+            return None
+        module, source = self._program.fake_quant(node), node.args[0]
+        assert module is not None and isinstance(source, fx.Node)
+        codes = module.codes(self.values[source])
+        self.values[node] = self._taught(node, codes)
         return codes
 
     def _taught(self, node: fx.Node, codes: torch.Tensor) -> Any:

@@ -27,13 +27,14 @@ class Findings:
 
 @dataclass(frozen=True)
 class _Cause:
-    """The worst thing on the way to a tensor: what it is, and at which value."""
+    """The worst thing on the way to a tensor: what it is, at which value, and the number of that value's row."""
 
     verdict: Verdict
     value: str
+    row: int
 
 
-_NOTHING = _Cause(Verdict.EXACT, "")
+_NOTHING = _Cause(Verdict.EXACT, "", 0)
 
 
 def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[Row, ...]:
@@ -44,16 +45,17 @@ def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[
     for segment in findings.overall:
         upstream = _worst([causes.get(source, _NOTHING) for source in segment.sources])
         verdict = _verdict(segment, findings)
-        own = _Cause(verdict, segment.value) if SEVERITY[verdict] else _NOTHING
+        own = _Cause(verdict, segment.value, len(rows)) if SEVERITY[verdict] else _NOTHING
         if not segment.output:
             causes[segment.end] = _worst([own, upstream])
-        rows.append(_row(reader, segment, findings, kernels, _Cause(verdict, upstream.value)))
+        origin = upstream.value if verdict is Verdict.INHERITED else ""
+        rows.append(_row(reader, segment, findings, kernels, verdict, origin))
     return tuple(rows)
 
 
 def _worst(causes: list[_Cause]) -> _Cause:
-    """The most severe; of equals the first."""
-    return max(causes, key=lambda cause: SEVERITY[cause.verdict], default=_NOTHING)
+    """The most severe; of equals the one of the earliest row."""
+    return max(causes, key=lambda cause: (SEVERITY[cause.verdict], -cause.row), default=_NOTHING)
 
 
 def _verdict(segment: Segment, findings: Findings) -> Verdict:
@@ -95,7 +97,12 @@ def is_more_than_rounding(segment: Segment, local: Difference) -> bool:
 
 
 def _row(
-    reader: SegmentReader, segment: Segment, findings: Findings, known: Mapping[str, NodeKernel], cause: _Cause
+    reader: SegmentReader,
+    segment: Segment,
+    findings: Findings,
+    known: Mapping[str, NodeKernel],
+    verdict: Verdict,
+    origin: str,
 ) -> Row:
     nodes = tuple(node.name for node in segment.nodes)
     kernels = tuple(name for node in nodes if node in known for name in known[node].kernels)
@@ -110,8 +117,8 @@ def _row(
         overall=findings.overall[segment],
         local=findings.local[segment],
         step=_step(reader, segment),
-        verdict=cause.verdict,
-        origin=cause.value if cause.verdict is Verdict.INHERITED else "",
+        verdict=verdict,
+        origin=origin,
         faults=faults,
         reason=found.reason if found else "",
     )

@@ -116,7 +116,8 @@ def test_growth_is_one_when_cost_is_linear_and_ten_when_quadratic() -> None:
     quadratic = [pass_cost.Cost(nodes, nodes**2 * 1e-6, 1.0, {}) for nodes in (100, 1000)]
     assert pass_cost.growth(linear) == pytest.approx([1.0, 1.0])
     assert pass_cost.growth(quadratic) == pytest.approx([10.0])
-    assert pass_cost.LINEAR_GROWTH < 10
+    assert [verdict.is_kept for verdict in pass_cost.judge([1.0, 1.0], 2.9)] == [True, True]
+    assert [verdict.is_kept for verdict in pass_cost.judge([1.0, 10.0], 3.1)] == [False, False]
 
 
 def test_network_without_weights_is_random() -> None:

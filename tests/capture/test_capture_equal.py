@@ -271,6 +271,7 @@ def small_nets(draw: st.DrawFn) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @given(small_nets(), st.sampled_from([1, 2, 4]))
 @settings(max_examples=12, deadline=None, derandomize=True)
 def test_random_net_when_captured_equals_eager(model: nn.Module, example_batch: int) -> None:

@@ -24,7 +24,7 @@ from fxquant.lowering import saving
 from fxquant.lowering.export import check_model, export_onnx
 from fxquant.lowering.lower import lower
 from fxquant.numerics.runtime import open_session
-from fxquant.ops.base import OpDef, Role, table_of
+from fxquant.ops.base import OpDef, Role, Writer, table_of
 from tests.lowering.programs import Residual, float_program, image, residual_program
 
 
@@ -86,41 +86,62 @@ def test_model_is_whole_in_memory_when_saved_with_external_data(tmp_path: Path) 
     assert not any(isinstance(value.const_value, ir.ExternalTensor) for value in model.graph.initializers.values())
 
 
-@pytest.mark.parametrize("external", [False, True])
-@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything that lies in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _failing(real: Any, at: int, fault: BaseException) -> Any:
+    """`real`, raising `fault` at its call number `at`."""
+    calls = iter(range(1, 100))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == at:
+            raise fault
+        return real(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt("stop")])
+@pytest.mark.parametrize(
+    ("external", "function", "at"),
+    [(False, "fsync", 1), (False, "link", 1), (False, "replace", 1)]
+    + [(True, function, at) for function in ("fsync", "link", "replace") for at in (1, 2)],
+)
 def test_old_file_stays_when_writing_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool, fault: BaseException
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, external: bool, function: str, at: int, fault: BaseException
 ) -> None:
     path = export_onnx(big_program(), tmp_path / "model.onnx", external_data=external)
-    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    before = contents(tmp_path)
     changed = big_program()
     with torch.no_grad():
         changed.module.get_parameter("conv2.weight").add_(1.0)
-    for function in ("fsync", "replace"):
-        for nth in range(3):
-            calls = 0
-            real = getattr(os, function)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, _failing(getattr(os, function), at, fault))
+        is_full = isinstance(fault, OSError)
+        with pytest.raises((ExportError, KeyboardInterrupt), match="No space left on device" if is_full else "stop"):
+            export_onnx(changed, path, external_data=external)
+    assert contents(tmp_path) == before
+    export_onnx(changed, path, external_data=external)
+    assert contents(tmp_path) != before and len(contents(tmp_path)) == len(before)
 
-            def fail(*args: Any, real: Any = real, nth: int = nth, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls == nth + 1:
-                    raise fault
-                return real(*args, **kwargs)
 
-            monkeypatch.setattr(os, function, fail)
-            failed = False
-            try:
-                export_onnx(changed, path, external_data=external)
-            except (ExportError, KeyboardInterrupt) as err:
-                failed = True
-                assert isinstance(err, KeyboardInterrupt) or "No space left on device" in str(err)
-            monkeypatch.setattr(os, function, real)
-            if not failed:
-                break
-            assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
-            assert nth < 2
-    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} != before
+def test_new_file_is_whole_when_interrupted_after_it_took_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def replace_and_stop(source: Any, target: Any) -> None:
+        real(source, target)
+        if str(target).endswith(".onnx"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        export_onnx(big_program(), tmp_path / "model.onnx", external_data=True)
+    open_session(tmp_path / "model.onnx").run({"x": image().numpy()})
+    assert len(files(tmp_path)) == 2
 
 
 def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
@@ -216,11 +237,15 @@ def test_check_hook_prevents_the_export_when_it_raises(tmp_path: Path) -> None:
 def test_checker_refuses_when_an_emitter_writes_nonsense() -> None:
     model = lower(residual_program())
     next(node for node in model.graph if node.op_type == "Conv").attributes.pop("pads")
-    with pytest.raises(ExportError, match=r"onnx\.checker refuses the model; got .*node name: add"):
+    with pytest.raises(ExportError, match=r"onnx\.checker refuses the model; got .*node name: conv2d\)"):
         check_model(model)
 
 
+def _broken(node: torch.fx.Node, writer: Writer) -> ir.Value:
+    raise KeyError("missing")
+
+
 def test_emitter_fault_names_the_node_when_it_raises() -> None:
-    relu = OpDef("relu", (torch.ops.aten.relu.default,), Role.ACTIVATION, lambda node, w: {}["missing"])
+    relu = OpDef("relu", (torch.ops.aten.relu.default,), Role.ACTIVATION, _broken)
     with pytest.raises(ExportError, match=r"node 'relu' cannot be written.*KeyError: 'missing'.*emitter"):
         lower(float_program(torch.nn.ReLU(), image()), 21, table_of([(relu,)]))

@@ -53,9 +53,7 @@ def _square(kind: str, axis: int) -> tuple[Program, torch.Tensor]:
 @pytest.mark.parametrize("kind", ["conv2d", "linear"])
 def test_weight_axis_is_refused_when_it_is_not_the_output_channels(kind: str) -> None:
     program, x = _square(kind, axis=1)
-    with pytest.raises(
-        ExportError, match=rf"node '{kind}'.*'weight_fq' has a scale for each index of axis 1.*along axis 0"
-    ):
+    with pytest.raises(ExportError, match=rf"node '{kind}'.*'weight_fq' has a scale .* axis 1.*along axis 0"):
         lower(program)
     assert wrong_steps(program, kind, x) > MANY_STEPS
     program, x = _square(kind, axis=0)
@@ -69,17 +67,13 @@ def test_bias_scale_is_refused_when_it_comes_from_another_input() -> None:
     bias.args = (bias.args[0], program.node("x_fq"), bias.args[2])
     program.recompile()
     assert fake_quant_of(program, "x").scale != fake_quant_of(program, "adaptive_avg_pool2d").scale
-    with pytest.raises(
-        ExportError, match=r"node 'linear'.*bias 'fc_bias_fq' comes from x_fq, fc_weight_fq.*quantize-bias"
-    ):
+    with pytest.raises(ExportError, match=r"node 'linear'.*'fc_bias_fq' comes from x_fq, fc_weight_fq.*quantize-bias"):
         lower(program)
 
 
 def test_activation_is_refused_when_it_has_a_scale_for_each_channel() -> None:
     program = residual_program(specs={"conv2d_1": replace(U8, granularity=Granularity(1))})
-    with pytest.raises(
-        ExportError, match=r"node 'conv2d_1_fq'.*value 'conv2d_1' is an activation with a scale for each channel"
-    ):
+    with pytest.raises(ExportError, match=r"node 'conv2d_1_fq'.*'conv2d_1' is an activation with a scale for each"):
         lower(program)
 
 
@@ -95,9 +89,7 @@ class _Shift(nn.Module):
 def test_constant_operand_is_refused_when_it_has_a_scale_for_each_channel() -> None:
     spec = replace(U8, granularity=Granularity(1))
     program = quantized(float_program(_Shift(), image()), ("x", "shift", "add"), image(8), specs={"shift": spec})
-    with pytest.raises(
-        ExportError, match=r"node 'add'.*operand 'shift_fq' is a constant with a scale for each channel"
-    ):
+    with pytest.raises(ExportError, match=r"node 'add'.*operand 'shift_fq' is a constant with a scale for each"):
         lower(program)
     lower(quantized(float_program(_Shift(), image()), ("x", "shift", "add"), image(8)))
 

@@ -16,7 +16,7 @@ from fxquant.errors import ExportError
 from fxquant.graph.program import Program, Stage
 from fxquant.lowering.export import check_model
 from fxquant.lowering.lower import lower
-from fxquant.numerics.fake_quant import Mode
+from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.runtime import Level, RuntimeOptions, optimised_graph
 from fxquant.spec import Granularity, QuantSpec, Target
 from tests.lowering.programs import (
@@ -243,7 +243,7 @@ def test_quantizer_is_left_out_when_it_is_off() -> None:
 def test_weight_is_transposed_in_its_initializer_when_the_input_has_rank_three() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 6, 8)
-    program = quantized(float_program(nn.Linear(8, 5), x[:2]), ("input_1", "linear"), x)
+    program = quantized(float_program(nn.Linear(8, 5, bias=False), x[:2]), ("input_1", "linear"), x)
     model = lower(program)
     codes = model.graph.initializers["weight.codes"]
     assert codes.shape == ir.Shape([8, 5])
@@ -292,7 +292,8 @@ def test_tied_weight_gets_two_grids_when_wanted_with_two_specs() -> None:
             self.weight = nn.Parameter(torch.randn(8, 8))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return aten.linear.default(torch.relu(aten.linear.default(x, self.weight)), self.weight)
+            hidden = torch.relu(nn.functional.linear(x, self.weight))
+            return nn.functional.linear(hidden, self.weight)
 
     torch.manual_seed(0)
     x = torch.randn(8, 8)
@@ -301,9 +302,7 @@ def test_tied_weight_gets_two_grids_when_wanted_with_two_specs() -> None:
         insert(program, program.node(value), U8)
     weight = program.node("weight")
     first = insert(program, weight, S8_PER_CHANNEL)
-    program.module.add_submodule(
-        "fake_quants.second", type(fake_quant_of(program, "weight"))(QuantSpec(8, True, True), follows=True)
-    )
+    program.module.add_submodule("fake_quants.second", FakeQuant(QuantSpec(8, True, True), follows=True))
     with program.graph.inserting_after(first):
         second = program.graph.create_node("call_module", "fake_quants.second", (weight,), {}, name="weight_fq_1")
     second.meta = dict(first.meta)

@@ -140,8 +140,8 @@ def _is_float(value: onnx.ValueInfoProto) -> bool:
 
 def _coded(graph: onnx.GraphProto, value: onnx.ValueInfoProto, grid: Grid, op_type: str) -> onnx.NodeProto:
     name, codes = value.name, f"{value.name}.codes"
-    graph.initializer.append(numpy_helper.from_array(np.float32(grid[0]), f"{name}.scale"))
-    graph.initializer.append(numpy_helper.from_array(np.uint8(grid[1]), f"{name}.zero"))
+    graph.initializer.append(numpy_helper.from_array(np.array(grid[0], np.float32), f"{name}.scale"))
+    graph.initializer.append(numpy_helper.from_array(np.array(grid[1], np.uint8), f"{name}.zero"))
     value.name, value.type.tensor_type.elem_type = codes, TensorProto.UINT8
     source, result = (codes, name) if op_type == "DequantizeLinear" else (name, codes)
     return helper.make_node(op_type, [source, f"{name}.scale", f"{name}.zero"], [result], name=f"{name}.{op_type}")

@@ -202,14 +202,16 @@ def test_col2im_equals_torch() -> None:
         assert_emits_like_torch(function, (floats(2, 12, 12),), opset=17)
 
 
+SYM_MAX, SYM_MIN, SYM_FLOAT = (vars(torch)[name] for name in ("sym_max", "sym_min", "sym_float"))  # untyped in torch
+
 SIZES: list[tuple[str, Function]] = [
     ("arithmetic", lambda n: 2 * n + 3 - n // 2),
     ("round-up", lambda n: -(-n // 2)),
     ("modulo", lambda n: n % 2 + 1),
     ("negative-modulo", lambda n: (-n) % 3 + 1),
     ("square", lambda n: n * n),
-    ("maximum", lambda n: torch.sym_max(n, 3)),
-    ("minimum", lambda n: torch.sym_min(n, 3)),
+    ("maximum", lambda n: SYM_MAX(n, 3)),
+    ("minimum", lambda n: SYM_MIN(n, 3)),
 ]
 
 
@@ -222,7 +224,7 @@ def test_size_arithmetic_equals_torch(name: str, function: Function, opset: int)
 REALS: list[tuple[str, Function]] = [
     ("divide", lambda n: n / 2),
     ("mixed", lambda n: 3 * (n / 4) - 0.5),
-    ("to-float", lambda n: torch.sym_float(n) * 1.5),
+    ("to-float", lambda n: SYM_FLOAT(n) * 1.5),
 ]
 
 

@@ -23,7 +23,7 @@ Edit = Callable[[onnx.GraphProto], None]
 
 
 class Tokens(nn.Module):
-    """A square linear layer at rank 3 (its weight is stored transposed), an attention-like product, and a float head."""
+    """Square linear layers at rank 3, an attention-like product, a layer norm, and a head whose output stays float."""
 
     def __init__(self, width: int = 8) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def change_code(name: str, by: int) -> Edit:
 
 
 def change_grid(quantizer: str, slot: int, change: Callable[[Array], Array]) -> Edit:
-    """Replace the scale (slot 1) or zero point (slot 2) of a DequantizeLinear and its QuantizeLinear by an own, changed copy."""
+    """Give a DequantizeLinear and its QuantizeLinear a changed scale (slot 1) or zero point (slot 2) of their own."""
 
     def edit(graph: onnx.GraphProto) -> None:
         node = node_of(graph, quantizer)

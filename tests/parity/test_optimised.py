@@ -18,6 +18,7 @@ from fxquant.parity.segments import SegmentReader
 from fxquant.spec import QuantSpec, Target
 from tests.lowering.programs import RESIDUAL_VALUES, Residual, float_program, image, quantized, residual_program
 from tests.parity.files import (
+    ONE_THREAD,
     Edit,
     change_grid,
     export,
@@ -29,7 +30,7 @@ from tests.parity.files import (
 )
 
 
-def fusion_of(program: Program, path: Path, options: RuntimeOptions = RuntimeOptions(threads=1)) -> Fusion:
+def fusion_of(program: Program, path: Path, options: RuntimeOptions = ONE_THREAD) -> Fusion:
     return read_fusion(SegmentReader(program), OnnxFile(path), options)
 
 

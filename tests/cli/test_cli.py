@@ -1,0 +1,160 @@
+"""The command line, run as a user would: on a model file and arrays in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from fxquant.cli.main import main, make_parser
+
+MODEL = '''
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+def make_net():
+    torch.manual_seed(0)
+    return Net()
+
+def batches():
+    torch.manual_seed(1)
+    for _ in range(3):
+        yield torch.randn(4, 3, 8, 8)
+
+seven = 7
+'''
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model file and data, as the working directory."""
+    (tmp_path / "model.py").write_text(MODEL)
+    data = np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32)
+    np.save(tmp_path / "images.npy", data)
+    np.savez(tmp_path / "images.npz", x=data)
+    (tmp_path / "parts").mkdir()
+    np.save(tmp_path / "parts" / "a.npy", data[:6])
+    np.save(tmp_path / "parts" / "b.npy", data[6:])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("data", ["images.npy", "images.npz", "parts", "model.py:batches"])
+def test_quantize_then_parity_agree_for_every_kind_of_data(folder: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "model.py:make_net", "--data", data, "--out", "out"]) == 0
+    assert "wrote out/model.onnx" in capsys.readouterr().out
+    assert main(["parity", "out/model.onnx", "--data", data, "--json", "report.json"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["worst_local_steps"] <= 1 and report["fault"] == []
+    assert capsys.readouterr().out.splitlines()[0] == report["verdict"]
+
+
+def test_parity_prints_json_alone_on_request(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    capsys.readouterr()
+    assert main(["parity", "out/model.onnx", "--data", "images.npy", "--max-batches", "1", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["batches"] == 1
+
+
+def test_parity_fails_on_a_planted_weight_code_and_names_the_node(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    model = onnx.load("out/model.onnx")
+    codes = next(item for item in model.graph.initializer if item.name == "conv_weight.codes")
+    values = onnx.numpy_helper.to_array(codes).copy()
+    values.flat[5] += 1 if values.flat[5] < 100 else -1
+    codes.CopyFrom(onnx.numpy_helper.from_array(values, codes.name))
+    onnx.save(model, "out/model.onnx")
+    capsys.readouterr()
+    assert main(["parity", "out/model.onnx", "--data", "images.npy"]) == 1
+    assert capsys.readouterr().out.startswith("FAULT at conv ")
+
+
+def test_show_prints_a_saved_program_and_draws_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    capsys.readouterr()
+    assert main(["show", "out/model.fxq", "--draw", "graph.svg"]) == 0
+    assert "conv = aten.convolution" in capsys.readouterr().out
+    assert "<svg" in (folder / "graph.svg").read_text()
+
+
+def test_show_prints_a_model_before_and_after_prepare(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "model.py:make_net", "--data", "images.npy"]) == 0
+    assert "bn = BatchNorm2d" in capsys.readouterr().out
+    arguments = ["show", "model.py:make_net", "--data", "images.npy", "--config", "int8_per_channel", "--passes"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "fold-batch-norm" in printed and "relu_fq = FakeQuant(relu)" in printed
+
+
+def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["diff", "model.py:make_net", "--data", "images.npy", "--pass", "fold-batch-norm"]
+    assert main(arguments) == 0
+    assert "-bn = BatchNorm2d" in capsys.readouterr().out
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "a"])
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--config", "int8_per_tensor", "--out", "b"])
+    capsys.readouterr()
+    assert main(["diff", "a/model.fxq", "b/model.fxq"]) == 0
+    assert "per-channel(0)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quantize", "model.py:make_nett", "--data", "images.npy", "--out", "o"], "make_net"),
+        (["quantize", "model", "--data", "images.npy", "--out", "o"], "package.module:callable"),
+        (["quantize", "absent.py:f", "--data", "images.npy", "--out", "o"], "does not exist"),
+        (["quantize", "no_such_package:f", "--data", "images.npy", "--out", "o"], "cannot be imported"),
+        (["quantize", "model.py:seven", "--data", "images.npy", "--out", "o"], "nn.Module"),
+        (["quantize", "model.py:make_net", "--data", "absent.npy", "--out", "o"], "does not exist"),
+        (["quantize", "model.py:make_net", "--data", "model.py:seven", "--out", "o"], "iterable"),
+        (["quantize", "model.py:make_net", "--data", "images.npy", "--config", "int8_per_chanel", "--out", "o"], "int8_per_channel"),
+        (["quantize", "model.py:make_net", "--data", "images.npy", "--opset", "12", "--out", "o"], "13"),
+        (["parity", "absent.onnx", "--data", "images.npy"], "does not exist"),
+        (["show", "absent.fxq"], "absent.fxq"),
+        (["diff", "absent.fxq"], "two .fxq files"),
+        (["show", "model.py:make_net"], "--data"),
+    ],
+)
+def test_wrong_input_is_one_line_that_says_what_was_expected(
+    folder: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fxquant: ") and message in error and "Traceback" not in error
+
+
+def test_unknown_pass_in_diff_gets_the_nearest_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", "model.py:make_net", "--data", "images.npy", "--pass", "fold-batchnorm"]) == 2
+    assert "fold-batch-norm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["demo", "show", "diff", "quantize", "parity"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args([command, "--help"])
+    assert stop.value.code == 0
+    assert f"examples:\n  fxquant {command}" in capsys.readouterr().out
+
+
+def test_demo_writes_everything_and_agrees(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--out", str(tmp_path / "demo"), "--epochs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "0 Q/DQ left inside" in printed and "accuracy, int8 (onnxruntime)" in printed
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert report["int8_accuracy"] > 0.8 and abs(report["int8_accuracy"] - report["float_accuracy"]) < 0.05
+    written = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert written == {"model.onnx", "model.fxq", "float.onnx", "graph.svg", "passes", "report.json"}
