@@ -146,11 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def judge(growths: Sequence[float], resnet18_seconds: float) -> list[Verdict]:
     """What fxquant promises about its own speed, against what was measured in processor seconds."""
     worst = max(growths, default=1.0)
-    level = f"cost a node grows at most {LINEAR_GROWTH:g} times a size"
+    level = f"cost a node grows at most {LINEAR_GROWTH:g} times from size to size"
     return [
-        Verdict(
-            f"cost a node grows at most {LINEAR_GROWTH:g} times a size", worst <= LINEAR_GROWTH, f"{worst:.2f} times"
-        ),
+        Verdict(level, worst <= LINEAR_GROWTH, f"{worst:.2f} times"),
         Verdict(
             f"resnet18 from module to ONNX file within {RESNET18_SECONDS:g} s of the processor, warm",
             resnet18_seconds <= RESNET18_SECONDS,

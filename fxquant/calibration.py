@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import CalibrationError
+from fxquant.graph.constants import Constants
 from fxquant.graph.batches import Batch, as_arguments, placeholder_values
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
 from fxquant.numerics.fake_quant import FakeQuant, Mode
@@ -138,9 +139,10 @@ def settle(program: Program) -> list[str]:
 
 
 def _follow_weights(program: Program) -> None:
+    constants = Constants(program)
     for node, module in program.fake_quant_nodes():
         if module.follows:
-            module.follow(program.tensor(_source(node)).detach())
+            module.follow(constants.tensor(_source(node)).to(module.scale.device))
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -150,14 +152,19 @@ def _source(node: fx.Node) -> fx.Node:
     return value
 
 
+def _name(value: fx.Node) -> str:
+    return str(value.target) if value.op == "get_attr" else value.name
+
+
 def require_finite_parameters(program: Program) -> None:
     """No NaN or Inf in the weights and biases that are to be quantized."""
+    constants = Constants(program)
     quantized = [_source(node) for node, module in program.fake_quant_nodes() if module.follows]
     for value in (*quantized, *(_source(node) for node, _ in program.bias_nodes())):
-        count = int((~torch.isfinite(program.tensor(value))).sum())
+        count = int((~torch.isfinite(constants.tensor(value))).sum())
         if count:
             raise CalibrationError(
-                f"calibrate: parameter '{value.target}' is not finite",
+                f"calibrate: parameter '{_name(value)}' is not finite",
                 place=describe(value),
                 expected="finite numbers",
                 got=f"{count} NaN or Inf",

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, input_slots, input_spec, output_spec
 from fxquant.graph.rewriter import Rewriter
@@ -54,7 +55,7 @@ class AssignSpecs(Pass):
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Annotate the compute first, then what lies between it."""
         check_rules(self.rules, program, TABLE)
-        masked = _mask_islands(program)
+        masked, constants = _mask_islands(program), Constants(program)
         for node in program.graph.nodes:
             if node.op not in ("call_function", "call_module"):
                 continue
@@ -62,13 +63,13 @@ class AssignSpecs(Pass):
             if definition is None:
                 rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
                 continue
-            self._assign(program, rewriter, node, definition, masked)
+            self._assign(rewriter, node, definition, masked, constants)
         _limit_outputs(program, rewriter)
         _spread_forward(program, rewriter)
         _spread_backward(program, rewriter)
 
     def _assign(
-        self, program: Program, rewriter: Rewriter, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str]
+        self, rewriter: Rewriter, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str], constants: Constants
     ) -> None:
         role = definition.role_for(node)
         if "float_reason" in node.meta:  # an earlier pass decided
@@ -83,40 +84,21 @@ class AssignSpecs(Pass):
         if not decision.quantize:
             rewriter.set_float_reason(node, f"excluded by rule {decision.rule}")
         elif node not in masked or role is Role.FIXED_RANGE:
-            self._want(program, rewriter, node, definition, decision, masked)
-
-    def _want(
-        self,
-        program: Program,
-        rewriter: Rewriter,
-        node: fx.Node,
-        definition: OpDef,
-        decision: Decision,
-        masked: dict[fx.Node, str],
-    ) -> None:
-        of_weight = weight_slot(node, definition)
-        bias_slot = None if definition.bias is None else arg_slot(node, definition.bias)
-        if node not in masked:  # case 3: a masked softmax reads a float value
-            for slot, value in enumerate(input_slots(node)):
-                if slot == bias_slot or not is_float_value(value):
-                    continue
-                is_weight = slot == of_weight and _is_constant(value)
-                rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
-        rewriter.set_output_spec(node, decision.activation, decision.rule)
+            if node not in masked:  # case 3: a masked softmax reads a float value
+                _want_inputs(rewriter, node, definition, decision, constants)
+            rewriter.set_output_spec(node, decision.activation, decision.rule)
 
 
-def _is_constant(value: fx.Node) -> bool:
-    """Whether a value depends on parameters alone."""
-    pending, seen = [value], {value}
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder":
-            return False
-        for source in node.all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                pending.append(source)
-    return True
+def _want_inputs(
+    rewriter: Rewriter, node: fx.Node, definition: OpDef, decision: Decision, constants: Constants
+) -> None:
+    """Case 1: a spec for every float input but the bias."""
+    of_weight = weight_slot(node, definition)
+    of_bias = None if definition.bias is None else arg_slot(node, definition.bias)
+    for slot, value in enumerate(input_slots(node)):
+        if slot != of_bias and is_float_value(value):
+            is_weight = slot == of_weight and constants.is_constant(value)
+            rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
 
 
 def _mask_islands(program: Program) -> dict[fx.Node, str]:

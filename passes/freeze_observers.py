@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.rewriter import Rewriter
@@ -32,23 +33,24 @@ class FreezeObservers(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every FakeQuant once, at the node that owns its range."""
+        constants = Constants(program)
         for node, module in program.fake_quant_nodes():
             owns = node.kwargs.get("observe", True) and (len(node.args) < 2 or node.args[1])
             if not owns or module.mode in (Mode.FROZEN, Mode.OFF):
                 continue
-            reason = _settle(program, rewriter, node, module)
+            reason = _settle(rewriter, node, module, constants)
             if reason is None:
                 rewriter.set_mode(str(node.target), Mode.FROZEN)
             else:
                 rewriter.miss(node, f"{node.name} not frozen: {reason}")
 
 
-def _settle(program: Program, rewriter: Rewriter, node: fx.Node, module: FakeQuant) -> str | None:
+def _settle(rewriter: Rewriter, node: fx.Node, module: FakeQuant, constants: Constants) -> str | None:
     """Compute the grid that is to stay; the reason if there is none."""
     source, path = node.args[0], str(node.target)
     assert isinstance(source, fx.Node)
-    if module.follows and source.op == "get_attr":  # case 1
-        rewriter.compute_encoding(path, follows=program.tensor(source))
+    if module.follows:  # case 1
+        rewriter.compute_encoding(path, follows=constants.tensor(source).to(module.scale.device))
         return None
     sees = module.estimator.has_range or module.spec.fixed is not None
     if module.mode is Mode.OBSERVE and sees:  # case 2

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.errors import PassError
+from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, describe, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
@@ -15,7 +16,7 @@ from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.spec import QuantSpec
 
 from .share_encodings import owner_of
-from .values import is_parameter, wanted_specs
+from .values import wanted_specs
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class InsertFakeQuant(Pass):
     1. A value with an output spec: all its readers read the quantized value, as the integer kernel in front writes
        nothing else.
     2. A value with consumers' specs only (a graph input, a float operation's result): the consumers that asked read it.
-    3. A parameter wanted with two specs (tied embedding and head): a FakeQuant each; its grid follows the parameter.
+    3. A parameter, or what is computed from parameters alone, may be wanted with two specs (tied embedding and head): a
+       FakeQuant each, whose grid follows the weight.
     4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
 
     Refuses, by name, an activation wanted with two specs where the target merges such pairs. Contract: QUANTIZES.
@@ -38,21 +40,22 @@ class InsertFakeQuant(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every value; owners of shared encodings get their module at its first use."""
+        constants = Constants(program)
         for value in list(program.graph.nodes):
             wanted = wanted_specs(value)
             if not wanted:
                 continue
-            if len(wanted) > 1 and not is_parameter(value) and program.target.merges_activation_specs:
+            if len(wanted) > 1 and not constants.is_constant(value) and program.target.merges_activation_specs:
                 raise _two_specs(value, wanted)
             for number, spec in enumerate(wanted):
-                self._insert(program, rewriter, value, spec, number)
+                self._insert(rewriter, value, spec, number, constants.is_constant(value))
 
-    def _insert(self, program: Program, rewriter: Rewriter, value: fx.Node, spec: QuantSpec, number: int) -> None:
+    def _insert(self, rewriter: Rewriter, value: fx.Node, spec: QuantSpec, number: int, follows: bool) -> None:
         owner = owner_of(value)
         suffix = f"_{number}" if number else ""
         path = rewriter.fake_quant_path(owner + suffix)
-        if not _has_module(program, path):
-            rewriter.add_module(path, FakeQuant(spec, _channels(value, spec), follows=is_parameter(value)))
+        if not _has_module(rewriter.program, path):
+            rewriter.add_module(path, FakeQuant(spec, _channels(value, spec), follows=follows))
         kwargs = {} if owner == value.name else {"observe": False}  # case 4
         readers = _readers(value, spec)
         before = _first_place_behind(value)

@@ -1,4 +1,6 @@
-"""Tiny programs built by hand, and comparisons with golden texts. tests/test_helpers.py proves with planted faults that they bite."""
+"""Tiny programs built by hand, and comparisons with golden texts. tests/test_helpers.py proves with planted faults
+that they bite.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ class Builder:
         build.output(build.relu("relu", build.conv("conv", x, 4)))
         program = build.program()
 
-    A node called "layer1_0_conv" comes from module "layer1.0.conv" if that is given as `path`, else from one of its own name.
-    Parameters are seeded by the order in which they are made.
+    A node called "layer1_0_conv" comes from module "layer1.0.conv" if that is given as `path`, else from one of its
+    own name. Parameters are seeded by the order in which they are made.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -87,7 +89,9 @@ class Builder:
     ) -> fx.Node:
         """A two-dimensional convolution with its weight and bias at `path`."""
         place = name if path is None else path
-        weight = self.tensor(f"{place}.weight", self.random(channels, x.meta["type"].shape[1] // groups, kernel, kernel))
+        weight = self.tensor(
+            f"{place}.weight", self.random(channels, x.meta["type"].shape[1] // groups, kernel, kernel)
+        )
         shift = self.tensor(f"{place}.bias", self.random(channels)) if bias else None
         geometry = ([stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups)
         return self.call(name, aten.convolution.default, x, weight, shift, *geometry, path=place)
@@ -127,7 +131,9 @@ class Builder:
     def fake_quant(self, value: fx.Node, spec: QuantSpec, low: float = -1.0, high: float = 1.0) -> fx.Node:
         """A FakeQuant behind `value`, in mode fake, with a grid that covers [low, high]."""
         axis = spec.granularity.axis
-        module = FakeQuant(spec, None if axis is None else value.meta["type"].shape[axis], follows=value.op == "get_attr")
+        module = FakeQuant(
+            spec, None if axis is None else value.meta["type"].shape[axis], follows=value.op == "get_attr"
+        )
         module.set_range(torch.full_like(module.scale, low), torch.full_like(module.scale, high))
         module.mode = Mode.FAKE
         node = self.module(f"{value.name}_fq", f"fake_quants.{value.name}", module, value)

@@ -16,9 +16,9 @@ from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant
 def check_graph(program: Program, snapshot: Snapshot) -> None:
     """Raise PassError unless the graph, of which `snapshot` was just taken, is well formed.
 
-    Every get_attr reads a tensor and every call_module calls a module of the program; tensor nodes say their type; each
-    FakeQuant that several nodes call has one owner; a BiasFakeQuant names the two FakeQuants that its grid follows from;
-    and torch.fx's own lint: definitions before uses, nodes of this graph only.
+    Every get_attr reads a tensor and every call_module calls a module of the program; tensor nodes say their type;
+    each FakeQuant that several nodes call has one owner; a BiasFakeQuant names the two FakeQuants that its grid
+    follows from; and torch.fx's own lint: definitions before uses, nodes of this graph only.
     """
     owners: dict[str, str] = {}
     for name, state in snapshot.nodes.items():

@@ -1,7 +1,7 @@
 """Draw a program: an SVG without any other tool, or DOT for graphviz.
 
-Parameters and the quantizers behind them are left out (they show in a box's tooltip, which is the node's printed line); the
-other quantizers are small; what integer kernels can run has another colour than what stays in float.
+Parameters and the quantizers behind them are left out (they show in a box's tooltip, which is the node's printed
+line); the other quantizers are small; what integer kernels can run has another colour than what stays in float.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def _edges(boxes: dict[fx.Node, Box]) -> list[tuple[fx.Node, fx.Node]]:
 def _heading(program: Program, boxes: dict[fx.Node, Box]) -> list[str]:
     counts = Counter(box.island for box in boxes.values())
     parts = [
-        f'<text x="{_MARGIN}" y="30" font-size="15" font-weight="600" fill="#1c2833">{escape(render_header(program))}</text>'
+        f'<text x="{_MARGIN}" y="30" font-size="15" font-weight="600" fill="#1c2833">'
+        f"{escape(render_header(program))}</text>"
     ]
     left = _MARGIN
     for island, text in _LEGEND:

@@ -29,9 +29,9 @@ _NEVER_INTEGER = (Role.FLOAT, Role.INDEX)
 def islands(program: Program) -> dict[fx.Node, Island]:
     """The island of every node.
 
-    A node is INTEGER if all its float inputs come from quantizers, all that reads it is quantizers, and its operation has an
-    integer kernel; an absorbed activation between a layer and its quantizer belongs to the layer. Whether a runtime fuses it is
-    for check_parity to say, which reads the graph that ran.
+    A node is INTEGER if all its float inputs come from quantizers, all that reads it is quantizers, and its operation
+    has an integer kernel; an absorbed activation between a layer and its quantizer belongs to the layer. Whether a
+    runtime fuses it is for check_parity to say, which reads the graph that ran.
     """
     found = {node: _kind(program, node) for node in program.graph.nodes}
     reads = _reads_codes(program, found)

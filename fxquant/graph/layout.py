@@ -1,4 +1,5 @@
-"""Layered layout of a directed acyclic graph (after Sugiyama, Tagawa and Toda, 1981): rows, order within rows, coordinates.
+"""Layered layout of a directed acyclic graph (after Sugiyama, Tagawa and Toda, 1981): rows, order within rows,
+coordinates.
 
 Edges that span several rows pass through dummies, so that they bend around boxes instead of crossing them.
 """
@@ -145,7 +146,9 @@ def _pull(row: list[Key], xs: dict[Key, float], neighbours: dict[Key, list[Key]]
 
 
 def _weightiest(neighbours: list[Key]) -> list[Key]:
-    """The boxes among the neighbours, if any: a chain of boxes stays straight, and the edges that pass it by make room."""
+    """The boxes among the neighbours, if any: a chain of boxes stays straight, and the edges that pass it by make
+    room.
+    """
     return [key for key in neighbours if not isinstance(key, Dummy)] or neighbours
 
 
@@ -161,7 +164,7 @@ def _straighten(
         pick = max if sum(xs[item] for item in dummies) / len(dummies) >= ends else min
         goal = pick(xs[item] for item in dummies)
         if all(_is_free(rows[item.row], item, goal, xs, widths) for item in dummies):
-            xs.update({item: goal for item in dummies})
+            xs.update(dict.fromkeys(dummies, goal))
 
 
 def _is_free(row: list[Key], item: Key, goal: float, xs: dict[Key, float], widths: Mapping[Key, float]) -> bool:

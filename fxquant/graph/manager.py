@@ -1,7 +1,7 @@
 """PassManager: runs passes in order, checks what they declare against what they did, and keeps the trace.
 
-For each pass: stage check, rewrite with a fresh Rewriter, refusal of unrecorded edits, lint, recompilation if the graph was
-edited. A pass that fails is rolled back, so that the program is left as the pass before it left it.
+For each pass: stage check, rewrite with a fresh Rewriter, refusal of unrecorded edits, lint, recompilation if the
+graph was edited. A pass that fails is rolled back, so that the program is left as the pass before it left it.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class PassManager:
         """Run the passes on `program`, in place.
 
         Arguments:
-            program: is edited; if a pass fails, it is left as the pass before left it.
-            check_inputs: arguments of the model (a tensor, a tuple, a dict of keywords); if given, the outputs before and
+            program: is edited; if a pass fails, it is left as the pass before left it. check_inputs: arguments of the
+            model (a tensor, a tuple, a dict of keywords); if given, the outputs before and
                 after each pass that promises to preserve them are compared.
             tolerance: largest difference allowed there, as a fraction of the output's largest magnitude.
 
@@ -149,7 +149,9 @@ class _Run:
         )
 
     def _render_changes(self, after: Snapshot, was_edited: bool) -> None:
-        """Print anew what changed: nodes that say something else, and module calls, whose line shows the module's state."""
+        """Print anew what changed: nodes that say something else, and module calls, whose line shows the module's
+        state.
+        """
         if not was_edited:
             return
         changed = self.snapshot.changed(after)
@@ -170,7 +172,9 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way through a list of passes: from the stage `entry`; now at `stage`, which the pass `by` left (None: the entry)."""
+    """One way through a list of passes: from the stage `entry`; now at `stage`, which the pass `by` left (None: the
+    entry).
+    """
 
     entry: Stage
     stage: Stage
@@ -244,7 +248,9 @@ def _stage_remedy(item: Pass, stage: Stage) -> str:
 
 
 def _failure(item: Pass, program: Program, err: Exception) -> PassError:
-    """The error to raise from `err`: it names pass and node, shows the lines around the node, and carries the printed graph."""
+    """The error to raise from `err`: it names pass and node, shows the lines around the node, and carries the printed
+    graph.
+    """
     node = _node_at_fault(err)
     if isinstance(err, FxquantError):
         thing = err.thing if err.thing.startswith(item.name) else f"{item.name}: {err.thing}"
@@ -261,7 +267,9 @@ def _failure(item: Pass, program: Program, err: Exception) -> PassError:
 
 
 def _node_at_fault(err: Exception) -> str:
-    """Name of the node that an error is about: as it says itself, or the node that the innermost pass code had in hand."""
+    """Name of the node that an error is about: as it says itself, or the node that the innermost pass code had in
+    hand.
+    """
     if isinstance(err, PassError) and err.node:
         return err.node
     named = re.search(r"node '([^']+)'", str(err))

@@ -1,4 +1,6 @@
-"""The module tree of a program as plain values: which module and which tensor stands where, ties and shared modules included."""
+"""The module tree of a program as plain values: which module and which tensor stands where, ties and shared modules
+included.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,12 @@ def describe_tree(program: Program) -> tuple[list[dict[str, Any]], dict[str, tor
     """One record for each path to a submodule, parents first, and each distinct tensor by the first path it stands at.
 
         {"path": "bn1", "kind": "BatchNorm2d", "options": {...}, "training": false,
-         "parameters": [["weight", "bn1.weight", true], ...], "buffers": [["running_mean", "bn1.running_mean", true], ...]}
+         "parameters": [["weight", "bn1.weight", true], ...], "buffers": [["running_mean", "bn1.running_mean", true],
+         ...]}
 
-    A parameter's third entry is requires_grad, a buffer's whether it is persistent. A module that stands at several paths is
-    {"path": ..., "same_as": <the first one>}. Raises StorageError for a called module of a kind that a file cannot hold.
+    A parameter's third entry is requires_grad, a buffer's whether it is persistent. A module that stands at several
+    paths is {"path": ..., "same_as": <the first one>}. Raises StorageError for a called module of a kind that a file
+    cannot hold.
     """
     called = {node.target: node.name for node in program.graph.nodes if node.op == "call_module"}
     records: list[dict[str, Any]] = []
@@ -147,7 +151,9 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
 def _fill(
     module: nn.Module, record: dict[str, Any], tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter]
 ) -> None:
-    """Put the tensors of a record into its module, in the saved order; a tied parameter is one object at all its paths."""
+    """Put the tensors of a record into its module, in the saved order; a tied parameter is one object at all its
+    paths.
+    """
     module.training = record["training"]
     module._parameters.clear()
     module._buffers.clear()

@@ -1,4 +1,6 @@
-"""Plain values (of TOML or JSON) to typed ones and back: the options of passes, and the specs that a program file holds."""
+"""Plain values (of TOML or JSON) to typed ones and back: the options of passes, and the specs that a program file
+holds.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a s
 def decode(kind: Any, value: Any, place: str) -> Any:
     """`value` as a `kind`: a number, string, Enum (by value), tuple, dict, frozen dataclass, or a union of such.
 
-    Integers become floats where floats are wanted; no other type is converted. Raises ConfigError that names `place` (a file
-    and a key), what is accepted, and the nearest name of an unknown key.
+    Integers become floats where floats are wanted; no other type is converted. Raises ConfigError that names `place`
+    (a file and a key), what is accepted, and the nearest name of an unknown key.
     """
     origin = get_origin(kind)
     if origin in (typing.Union, types.UnionType):
@@ -61,7 +63,9 @@ def option_types(kind: type[Any]) -> dict[str, Any]:
 
 
 def encode(value: Any) -> Any:
-    """A typed value as plain ones, the inverse of `decode`; a dataclass becomes the options that differ from their defaults."""
+    """A typed value as plain ones, the inverse of `decode`; a dataclass becomes the options that differ from their
+    defaults.
+    """
     if isinstance(value, Enum):
         return value.value
     if is_dataclass(value) and not isinstance(value, type):

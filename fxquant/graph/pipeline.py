@@ -100,14 +100,15 @@ class Pipeline:
         return "\n".join(lines) + "\n"
 
     def __repr__(self) -> str:
-        return f"Pipeline('{self.name}', {self.target.value}, {len(self.prepare_passes)} + {len(self.finalize_passes)} passes)"
+        counts = f"{len(self.prepare_passes)} + {len(self.finalize_passes)} passes"
+        return f"Pipeline('{self.name}', {self.target.value}, {counts})"
 
 
 def load_pipeline(name_or_path: str | os.PathLike[str]) -> Pipeline:
     """Read a pipeline: a packaged name ("int8_per_channel", see `packaged_pipelines`) or the path of a TOML file.
 
-    Raises ConfigError naming the file, the key and what is accepted, if the file is missing, is not TOML, or holds an unknown
-    pass, key, value, type, catalogue or order of passes.
+    Raises ConfigError naming the file, the key and what is accepted, if the file is missing, is not TOML, or holds an
+    unknown pass, key, value, type, catalogue or order of passes.
     """
     text = os.fspath(name_or_path)
     if text in packaged_pipelines():
@@ -194,7 +195,9 @@ def _pass(table: Any, catalogue: Mapping[str, type[Pass]], place: str) -> Pass:
 
 
 def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> None:
-    """Capture hands its programs to prepare, and calibration (or prepare, where nothing is calibrated) hands them to finalize."""
+    """Capture hands its programs to prepare, and calibration (or prepare, where nothing is calibrated) hands them to
+    finalize.
+    """
     if Stage.CAPTURED not in prepare.entries:
         first = next(iter(prepare)).name
         raise ConfigError(
@@ -215,7 +218,12 @@ def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> No
 
 
 def _key(text: str) -> str:
-    return text if text.replace("_", "").replace("-", "").isalnum() and text.isascii() else json.dumps(text)
+    return text if text.replace("_", "").replace("-", "").isalnum() and text.isascii() else _string(text)
+
+
+def _string(text: str) -> str:
+    """A TOML basic string: JSON's, but for the one control character that JSON lets stand."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml(value: Any) -> str:
@@ -223,7 +231,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _string(value)
     if isinstance(value, Mapping):
         pairs = ", ".join(f"{_key(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None)
         return f"{{ {pairs} }}" if pairs else "{}"

@@ -1,4 +1,6 @@
-"""What graph records need to stand in a file: their meta as plain values, and a check that loading them runs no foreign code."""
+"""What graph records need to stand in a file: their meta as plain values, and a check that loading them runs no
+foreign code.
+"""
 
 from __future__ import annotations
 
@@ -80,8 +82,8 @@ def _is_plain(value: Any) -> bool:
 def refuse_foreign_code(records: Sequence[dict[str, Any]], root: nn.Module, trusted: Sequence[str]) -> None:
     """Raise StorageError unless every record is one that capture could have written for `root`.
 
-    torch.fx writes names and paths into Python code, and a call_function target is imported by name: a file from elsewhere
-    must not smuggle code in by either.
+    torch.fx writes names and paths into Python code, and a call_function target is imported by name: a file from
+    elsewhere must not smuggle code in by either.
     """
     modules = {path for path, _ in root.named_modules(remove_duplicate=False)}
     tensors = {path for path, _ in _named_tensors(root)}

@@ -1,10 +1,10 @@
 """The printed graph: one line a node, the same from run to run.
 
-    conv1 = aten.convolution(x_fq, conv1_weight_fq, bias=conv1_bias_fq, stride=2, padding=1) : float32[s0, 32, 56, 56]  @features.conv1
+    conv1 = aten.convolution(x_fq, conv1_weight_fq, stride=2, padding=1) : float32[s0, 32, 56, 56]  @features.conv1
 
-Arguments are named as the operator's schema names them; what equals its default is left out, and a stride, padding, dilation or
-kernel size that is the same along all axes is written once. Behind the type stand the module path, and in braces what
-quantization knows: specs wanted, rule, reason for float; of a FakeQuant its spec, mode and grid.
+Arguments are named as the operator's schema names them; what equals its default is left out, and a stride, padding,
+dilation or kernel size that is the same along all axes is written once. Behind the type stand the module path, and in
+braces what quantization knows: specs wanted, rule, reason for float; of a FakeQuant its spec, mode and grid.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,7 +53,7 @@ class Rewriter:
         self._paths: dict[int, list[str]] | None = None  # every name of each submodule, once asked for
 
         self.created: set[str] = set()  # names of nodes that this rewriter created
-        self.states: dict[str, NodeState | None] = {}  # what each touched node said after its last recorded edit; None: erased
+        self.states: dict[str, NodeState | None] = {}  # each touched node after its last recorded edit; None: erased
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors edited in place, with their values before
         self._ties: dict[int, list[tuple[torch.Tensor, str]]] | None = None  # see _paths_of_tensors
 
@@ -71,7 +72,14 @@ class Rewriter:
         self.program.add_note(note)
 
     def _create(
-        self, op: str, target: Any, args: Sequence[Any], kwargs: dict[str, Any], name: str, before: fx.Node, like: fx.Node
+        self,
+        op: str,
+        target: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        name: str,
+        before: fx.Node,
+        like: fx.Node,
     ) -> fx.Node:
         with self.program.graph.inserting_before(before):
             node = self.program.graph.create_node(op, target, tuple(args), kwargs, name=name)
@@ -100,7 +108,14 @@ class Rewriter:
         return node
 
     def call_module(
-        self, path: str, args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, name: str, before: fx.Node, like: fx.Node
+        self,
+        path: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any] | None = None,
+        *,
+        name: str,
+        before: fx.Node,
+        like: fx.Node,
     ) -> fx.Node:
         """Create a call_module node for the submodule at `path` (see `add_module`)."""
         return self._create("call_module", path, args, kwargs or {}, name, before, like)
@@ -129,7 +144,9 @@ class Rewriter:
         self._record("retarget", node.name, str(target), node)
 
     def turn_into_function(self, node: fx.Node, target: Callable[..., Any], args: Sequence[Any]) -> None:
-        """Make a call_module node call a function instead, under its own name (an erased node's name is not free again)."""
+        """Make a call_module node call a function instead, under its own name (an erased node's name is not free
+        again).
+        """
         node.op, node.target, node.args, node.kwargs = "call_function", target, tuple(args), {}
         self._record("retarget", node.name, str(target), node)
 
@@ -161,7 +178,9 @@ class Rewriter:
         """Erase a node that nothing reads."""
         if node.users:
             users = ", ".join(user.name for user in node.users)
-            raise PassError(f"{self.pass_name}: node '{node.name}' cannot be erased", place=describe(node), got=f"users {users}")
+            raise PassError(
+                f"{self.pass_name}: node '{node.name}' cannot be erased", place=describe(node), got=f"users {users}"
+            )
         self.program.graph.erase_node(node)
         self._record("erase", node.name)
         self.states[node.name] = None
@@ -178,7 +197,9 @@ class Rewriter:
         self._record("move", node.name, f"before {before.name}")
 
     def set_tensor(self, path: str, value: torch.Tensor) -> None:
-        """Replace the parameter or buffer at `path` and wherever else it is tied; a parameter stays one, with its requires_grad."""
+        """Replace the parameter or buffer at `path` and wherever else it is tied; a parameter stays one, with its
+        requires_grad.
+        """
         owner_path, _, attribute = path.rpartition(".")
         old = getattr(self.program.module.get_submodule(owner_path), attribute)
         if isinstance(old, torch.nn.Parameter):
@@ -203,7 +224,9 @@ class Rewriter:
 
     @contextmanager
     def editing(self, path: str, text: str = "") -> Iterator[torch.nn.Module]:
-        """Edit the module at `path` in place, its attributes and tensors and all below it: `with rewriter.editing(p) as module:`."""
+        """Edit the module at `path` in place, its attributes and tensors and all below it: `with rewriter.editing(p)
+        as module:`.
+        """
         module = self.program.module.get_submodule(path)
         self._save(module)
         self._record("edit", path, text)
@@ -263,7 +286,9 @@ class Rewriter:
         self._record("remove", path)
 
     def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
-        """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator saw."""
+        """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator
+        saw.
+        """
         module = self.program.module.get_submodule(path)
         assert isinstance(module, FakeQuant)
         self._save(module)

@@ -1,7 +1,8 @@
-"""Snapshot: a program as it stood, against which a pass's recorded edits are checked and to which a failed pass is rolled back.
+"""Snapshot: a program as it stood, against which a pass's recorded edits are checked and to which a failed pass is
+rolled back.
 
-A snapshot holds references, not copies: node arguments are immutable in torch.fx, and of a tensor its identity, version and a
-sum over its bits are kept. Taking one is linear in the graph, plus one read of the weights.
+A snapshot holds references, not copies: node arguments are immutable in torch.fx, and of a tensor its identity,
+version and a sum over its bits are kept. Taking one is linear in the graph, plus one read of the weights.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _refuse_reordering(before: Snapshot, after: Snapshot, rewriter: Rewriter) ->
     kept = {state.node for state in after.nodes.values()} & {state.node for state in before.nodes.values()}
     old = [name for name, state in before.nodes.items() if state.node in kept and name not in moved]
     new = [name for name, state in after.nodes.items() if state.node in kept and name not in moved]
-    for expected, got in zip(old, new):
+    for expected, got in zip(old, new, strict=True):
         if expected != got:
             place = describe(after.nodes[got].node)
             found = f"node '{got}' stands where '{expected}' stood"
@@ -275,7 +276,7 @@ def _tensor_states(modules: dict[str, ModuleState]) -> dict[str, TensorState]:
             if tensor is not None:
                 found[prefix + name] = tensor
     distinct = {id(tensor): tensor for tensor in found.values()}
-    bits = dict(zip(distinct, _sums_of_bits(list(distinct.values()))))
+    bits = dict(zip(distinct, _sums_of_bits(list(distinct.values())), strict=True))
     return {path: TensorState(tensor, _version(tensor), bits[id(tensor)]) for path, tensor in found.items()}
 
 
@@ -296,7 +297,9 @@ def _sums_of_bits(tensors: list[torch.Tensor]) -> list[int]:
     sums = [0] * len(tensors)
     with torch.no_grad():
         for indices in groups.values():
-            stacked = torch.stack([tensors[index] for index in indices]) if len(indices) > 1 else tensors[indices[0]][None]
+            stacked = (
+                torch.stack([tensors[index] for index in indices]) if len(indices) > 1 else tensors[indices[0]][None]
+            )
             for index, value in zip(indices, _sum_of_bits(stacked).tolist(), strict=True):
                 sums[index] = value
     return sums

@@ -4,9 +4,9 @@
     program.json    name, stage, target, notes; the graph's records; the module tree; which tensor stands where
     tensors.pt      {path: tensor}, readable with torch.load(weights_only=True); a tied tensor is there once
 
-Modules come back as what they are to a program: batch norm, dropout, FakeQuant and BiasFakeQuant as themselves, everything else
-(which the graph does not call) as a plain container of its tensors. What a dataclass output keeps is the name of its class: the
-class must be importable, and registered with torch's pytrees, where the file is loaded.
+Modules come back as what they are to a program: batch norm, dropout, FakeQuant and BiasFakeQuant as themselves,
+everything else (which the graph does not call) as a plain container of its tensors. What a dataclass output keeps is
+the name of its class: the class must be importable, and registered with torch's pytrees, where the file is loaded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _MANIFEST, _PROGRAM, _TENSORS = "manifest.json", "program.json", "tensors.pt"
 def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     """Write `program` to the file `path`, all or nothing: a kill or a full disk midway leaves what was there before.
 
-    Raises StorageError if the file cannot be written, or if the graph calls a module or holds a value that a file cannot hold.
+    Raises StorageError if the file cannot be written, or if the graph calls a module or holds a value that a file
+    cannot hold.
     """
     place = Path(path)
     modules, tensors = describe_tree(program)
@@ -62,8 +63,8 @@ def load_program(path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -
     """Read a program that `save_program` wrote; its tensors are on the CPU, its modules in the mode they were saved in.
 
     Arguments:
-        path: the file.
-        trusted: packages whose Python functions the graph may call; operators that are registered with torch, and arithmetic
+        path: the file. trusted: packages whose Python functions the graph may call; operators that are registered
+        with torch, and arithmetic
             on sizes, need no trust.
 
     Raises StorageError if the file is missing, no program file, damaged, altered, or written by a newer fxquant.

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxquant.errors import ExportError
 from fxquant.graph.program import Program, describe
-from fxquant.lowering.constants import Constants
+from fxquant.graph.constants import Constants
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.rounding import along_axis, quantize
 from fxquant.spec import BIAS_SPEC, Encoding, Granularity, QuantSpec
@@ -81,6 +81,14 @@ class Encodings:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         tensor, encoding = self._constants.tensor(source), self.encoding(node)
+        if tensor.dtype is not torch.float32:
+            raise ExportError(
+                f"export: '{source.name}' is quantized",
+                place=describe(source),
+                expected="a float32 parameter",
+                got=str(tensor.dtype),
+                remedy="Capture the model in float32 (model.float()).",
+            )
         spec = encoding.spec
         axis = spec.granularity.axis if encoding.scale.ndim else None
         grid = [along_axis(part, spec.granularity, tensor.ndim) for part in (encoding.scale, encoding.zero_point)]

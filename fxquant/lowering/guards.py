@@ -7,6 +7,7 @@ Programs for other targets are not guarded, and their files say that they are no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -191,17 +192,28 @@ def _span(encoding: Encoding) -> tuple[int, int]:
 
 
 def _largest_sum(found: _IntegerLayer, scene: Scene) -> int:
-    """Largest magnitude of the accumulator, over all channels and inputs on the grid, with the weights as they are."""
+    """Largest magnitude of the accumulator over all channels and inputs on the grid, or a loose bound that suffices."""
     layer = found.layer
     low, high = _span(found.x)
-    weight = _centred_codes(layer, scene)
-    positive, negative = np.clip(weight, 0, None).sum(axis=1), np.clip(weight, None, 0).sum(axis=1)
-    bias: Array = np.zeros(len(weight), dtype=np.int64)
+    bias: Array = np.zeros(1, dtype=np.int64)
     if layer.bias is not None and scene.program.bias_fake_quant(layer.bias) is not None:
         bias = scene.encodings.stored(layer.bias).codes.astype(np.int64)
+    shape = scene.constants.tensor(_source(layer.weight)).shape
+    products = math.prod(shape) // max(shape[layer.channel_axis], 1)
+    loose = products * max(-low, high) * found.weight.spec.steps + int(np.abs(bias).max(initial=0))
+    if loose <= LARGEST_ACCUMULATOR:
+        return loose  # whatever the weights are
+    weight = _centred_codes(layer, scene)
+    positive, negative = np.clip(weight, 0, None).sum(axis=1), np.clip(weight, None, 0).sum(axis=1)
     above = positive * high + negative * low + np.clip(bias, 0, None)
     below = positive * low + negative * high + np.clip(bias, None, 0)
     return int(max(above.max(initial=0), -below.min(initial=0)))
+
+
+def _source(quantizer: fx.Node) -> fx.Node:
+    source = quantizer.args[0]
+    assert isinstance(source, fx.Node)
+    return source
 
 
 def _centred_codes(layer: Layer, scene: Scene) -> Array:

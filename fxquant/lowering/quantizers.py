@@ -27,6 +27,9 @@ def emit_quantizer(node: fx.Node, writer: GraphWriter) -> Emitted:
     """A FakeQuant or BiasFakeQuant node; one that is off passes its input on."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    if not writer.encodings.is_off(node) and writer.dtype(source) is not torch.float32:
+        reason = f"its value is {writer.dtype(source)}, and its grid is float32"
+        raise writer.refuse(node, reason, "Capture the model in float32 (model.float()), or leave that value in float.")
     if writer.is_constant(node):
         return writer.weight(node)
     if writer.encodings.is_off(node):

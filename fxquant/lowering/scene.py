@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from fxquant.graph.program import Program
-from fxquant.lowering.constants import Constants
+from fxquant.graph.constants import Constants
 from fxquant.lowering.encodings import Encodings
 from fxquant.ops.base import OpDef, OpTable, Role
 
@@ -35,11 +35,14 @@ class Scene:
     table: OpTable
     constants: Constants
     encodings: Encodings
+    _definitions: dict[fx.Node, OpDef | None] = field(default_factory=dict)
 
     def definition(self, node: fx.Node) -> OpDef | None:
         """The OpDef of a node, if the table knows it."""
-        module = self.program.submodule(node) if node.op == "call_module" else None
-        return self.table.find(node, module)
+        if node not in self._definitions:
+            module = self.program.submodule(node) if node.op == "call_module" else None
+            self._definitions[node] = self.table.find(node, module)
+        return self._definitions[node]
 
     def role(self, node: fx.Node) -> Role | None:
         """The role of a node; None if the table does not know it."""

@@ -83,11 +83,6 @@ def same_float_dtype(*values: Any) -> bool:
     return all(is_float(value) for value in values) and len({output_types(value)[0].dtype for value in values}) == 1
 
 
-def static_size(size: int | str) -> int | None:
-    """A size that is known now, else None."""
-    return size if isinstance(size, int) else None
-
-
 def static_shape(shape: Sequence[int | str]) -> tuple[int, ...] | None:
     """A shape whose sizes are all known now, else None."""
     sizes = tuple(size for size in shape if isinstance(size, int))

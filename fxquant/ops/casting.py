@@ -40,6 +40,7 @@ _CASTS = (
     aten.to.dtype_layout,
     aten.to.device,
     aten.to.other,
+    aten.to.prim_dtype,
     aten._to_copy.default,
     aten.type_as.default,
     torch.ops.prims.convert_element_type.default,
@@ -52,6 +53,8 @@ _COPIES = (
     aten.lift_fresh_copy.default,
     aten.lift_fresh.default,
     aten.positive.default,
+    aten.resolve_conj.default,
+    aten.resolve_neg.default,
 )
 
 CASTING: tuple[OpDef, ...] = (

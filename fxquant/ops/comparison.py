@@ -125,7 +125,5 @@ COMPARISON: tuple[OpDef, ...] = (
         _emit_where,
         "Where",
     ),
-    define(
-        "masked_fill", [aten.masked_fill.Scalar, aten.masked_fill.Tensor], Role.FLOAT, _emit_masked_fill, "Where"
-    ),
+    define("masked_fill", [aten.masked_fill.Scalar, aten.masked_fill.Tensor], Role.FLOAT, _emit_masked_fill, "Where"),
 )

@@ -16,6 +16,7 @@ from fxquant.ops._arguments import (
     computable,
     define,
     finish,
+    identity,
     ints,
     is_float_size,
     is_size,
@@ -36,9 +37,8 @@ def _filled(node: fx.Node, w: Writer, value: Any, sizes: ir.Value | None = None)
     number = operand(w, value, w.dtype(node))
     known = static_shape(w.shape(node))
     if known == ():
-        return w.op("Identity", [number])  # type: ignore[no-any-return]
-    if sizes is None or known is not None:
-        assert known is not None, node.format_node()
+        return identity(w, number)
+    if known is not None:
         sizes = ints(w, *known)
     result: ir.Value = w.op("Expand", [number, sizes])
     return result
@@ -102,8 +102,7 @@ def _emit_arange(node: fx.Node, w: Writer) -> ir.Value:
 def _emit_scalar_tensor(node: fx.Node, w: Writer) -> ir.Value:
     value = next(iter(bind(node).values()))
     if is_size(value) or not isinstance(value, fx.Node):
-        result: ir.Value = w.op("Identity", [operand(w, value, w.dtype(node))])
-        return result
+        return identity(w, operand(w, value, w.dtype(node)))
     raise w.refuse(node, "its value is a tensor")
 
 
@@ -152,9 +151,7 @@ CREATION: tuple[OpDef, ...] = (
     _creation("full", [aten.full.default, aten.new_full.default], _emit_full, "Expand"),
     _creation("zeros_like", [aten.zeros_like.default, aten.empty_like.default], _like(0), "Expand"),
     _creation("ones_like", [aten.ones_like.default], _like(1), "Expand"),
-    _creation(
-        "full_like", [aten.full_like.default, aten.fill.Scalar, aten.fill.Tensor], _emit_full_like, "Expand"
-    ),
+    _creation("full_like", [aten.full_like.default, aten.fill.Scalar, aten.fill.Tensor], _emit_full_like, "Expand"),
     _creation("eye", [aten.eye.default], _known(_eye, "n")),
     _creation("eye_of_two_sizes", [aten.eye.m], _known(_eye, "n", "m")),
     _creation("linspace", [aten.linspace.default], _known(torch.linspace, "start", "end", "steps")),

@@ -198,9 +198,7 @@ INDEXING: tuple[OpDef, ...] = (
     define("index_select", [aten.index_select.default], KEEPS, _emit_index_select, "Gather"),
     define("gather", [aten.gather.default], KEEPS, _emit_gather, "GatherElements"),
     define("scatter", [aten.scatter.src, aten.scatter.value], Role.FLOAT, _emit_scatter, "ScatterElements"),
-    define(
-        "scatter_add", [aten.scatter_add.default], Role.FLOAT, _emit_scatter, "ScatterElements", since_opset=16
-    ),
+    define("scatter_add", [aten.scatter_add.default], Role.FLOAT, _emit_scatter, "ScatterElements", since_opset=16),
     define("slice_scatter", [aten.slice_scatter.default], Role.FLOAT, _emit_slice_scatter),
     define("select_scatter", [aten.select_scatter.default], Role.FLOAT, _emit_select_scatter),
     define("index_put", [aten.index_put.default], Role.FLOAT, _emit_index_put, "ScatterND"),

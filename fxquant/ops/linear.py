@@ -1,9 +1,9 @@
 """Matrix products: linear, addmm, mm, bmm, matmul, baddbmm, einsum.
 
 linear(x, w, b) = x w^T + b with w: [out, in] is a Gemm with transB = 1 on rank 2: the weight keeps its layout and its
-channel axis 0. On a higher rank it is Reshape, Gemm, Reshape: onnxruntime takes the codes through the Reshapes and runs
-QGemm with the int32 bias, where MatMul and Add fuse only if every size is known (1.31: with a symbolic batch they become
-MatMulIntegerToFloat and a float Add). Without a bias it is MatMul with w^T stored (QLinearMatMul).
+channel axis 0. On a higher rank it is Reshape, Gemm, Reshape: onnxruntime takes the codes through the Reshapes and
+runs QGemm with the int32 bias, where MatMul and Add fuse only if every size is known (1.31: with a symbolic batch they
+become MatMulIntegerToFloat and a float Add). Without a bias it is MatMul with w^T stored (QLinearMatMul).
 
 A product with a rank-2 parameter on the right counts as a layer with a weight: x w with w: [in, out], channel axis 1.
 """

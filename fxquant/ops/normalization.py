@@ -87,7 +87,7 @@ def _affine(node: fx.Node, writer: Writer, value: ir.Value, trailing: int) -> ir
 
 def _over_deviation(writer: Writer, x: ir.Value, axes: Sequence[int], eps: float, dtype: torch.dtype) -> ir.Value:
     """x / sqrt(mean(x x) + eps) over `axes`."""
-    square = writer.op("Mul", [x, x])
+    square = writer.op("Pow", [x, writer.operand(2.0, like=dtype)])  # onnxruntime's LayerNormFusion looks for a Pow
     mean = reduce(writer, "ReduceMean", square, axes, keepdim=True)
     deviation = writer.op("Sqrt", [writer.op("Add", [mean, writer.operand(float(eps), like=dtype)])])
     value: ir.Value = writer.op("Div", [x, deviation])

@@ -111,6 +111,7 @@ class _Reading:
         self._graph = graph
         self._options = options
         self._types = _element_types(graph)
+        self._file_types = _element_types(file.model.graph)
         self._written = _by_fx_name((node, fx_name(node.name)) for node in file.model.graph.node)
         self._running = _by_fx_name((node, self._owner(node)) for node in graph.node)
 
@@ -144,7 +145,7 @@ class _Reading:
         return [
             node
             for node in self._written.get(name, [])
-            if node.op_type not in _QUANTIZERS and not node.name.endswith(".clip")
+            if node.op_type not in _QUANTIZERS and self._file_types.get(node.output[0], 0) in _REAL_TYPES | {0}
         ]
 
     def _kernel(self, name: str) -> NodeKernel:

@@ -16,7 +16,7 @@ from fxquant.parity.onnx_file import OnnxFile, attribute, input_name
 
 _MOVES_CODES = frozenset(
     "Reshape Flatten Transpose Squeeze Unsqueeze Slice Tile Gather GatherElements Split DepthToSpace Resize MaxPool "
-    "ReduceMax ReduceMin Expand".split()
+    "ReduceMax ReduceMin".split()
 )
 _TAKES_16_BITS = frozenset({"Reshape", "Transpose", "GatherElements"})
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})

@@ -41,7 +41,7 @@ def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[
     """One row a segment, in their order; causes are carried from each tensor to those computed from it."""
     causes: dict[fx.Node, _Cause] = {}
     kernels = {kernel.node: kernel for kernel in fusion.nodes}
-    rows = []
+    rows: list[Row] = []
     for segment in findings.overall:
         upstream = _worst([causes.get(source, _NOTHING) for source in segment.sources])
         verdict = _verdict(segment, findings)

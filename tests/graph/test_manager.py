@@ -76,7 +76,9 @@ def erases(program: Program, rewriter: Rewriter) -> None:
 
 def creates(program: Program, rewriter: Rewriter) -> None:
     with program.graph.inserting_after(program.node("relu")):
-        program.graph.call_function(aten.relu.default, (program.node("relu"),)).meta["type"] = ValueType((), torch.float32)
+        program.graph.call_function(aten.relu.default, (program.node("relu"),)).meta["type"] = ValueType(
+            (), torch.float32
+        )
 
 
 def reorders(program: Program, rewriter: Rewriter) -> None:
@@ -182,7 +184,9 @@ def test_unrecorded_edit_is_refused_by_name(deed: Action, said: str, node: str) 
 OVERWRITING = (overwrites_weight, overwrites_data, changes_statistics)
 
 
-@pytest.mark.parametrize("deed", [fault[0] for fault in FAULTS if fault[0] not in OVERWRITING], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "deed", [fault[0] for fault in FAULTS if fault[0] not in OVERWRITING], ids=lambda f: f.__name__
+)
 def test_refused_pass_leaves_the_program_as_it_was(deed: Action) -> None:
     program = residual_program()
     program.node("conv").meta["input_specs"] = {0: QuantSpec()}
@@ -271,7 +275,9 @@ def test_error_in_a_pass_names_pass_and_node_and_shows_the_lines_around() -> Non
             if node.name == "block_0_add":
                 raise ZeroDivisionError("nothing to divide")
 
-    with pytest.raises(PassError, match="doing: node 'block_0_add'; got ZeroDivisionError: nothing to divide") as caught:
+    with pytest.raises(
+        PassError, match="doing: node 'block_0_add'; got ZeroDivisionError: nothing to divide"
+    ) as caught:
         run(residual_program(), fails)
     assert caught.value.node == "block_0_add"
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
@@ -304,7 +310,9 @@ def test_passes_before_the_failing_one_stay_done() -> None:
     def fails(program: Program, rewriter: Rewriter) -> None:
         raise ValueError("no")
 
-    reason = make_pass("reason", (Stage.CAPTURED,), Stage.ASSIGNED, lambda p, r: r.set_float_reason(p.node("relu"), "so"))
+    reason = make_pass(
+        "reason", (Stage.CAPTURED,), Stage.ASSIGNED, lambda p, r: r.set_float_reason(p.node("relu"), "so")
+    )
     program = residual_program()
     with pytest.raises(PassError, match="failing"):
         PassManager([reason, make_pass("failing", (Stage.ASSIGNED,), None, fails)]).run(program)
@@ -363,7 +371,9 @@ def test_second_owner_of_a_range_is_refused() -> None:
         new = rewriter.call_module("fake_quants.conv", (last,), name="sigmoid_fq", before=last.next, like=last)
         rewriter.replace_uses(last, new)
 
-    with pytest.raises(PassError, match="one owner of the range of 'fake_quants.conv'; got two: 'conv_fq' and 'sigmoid_fq'"):
+    with pytest.raises(
+        PassError, match="one owner of the range of 'fake_quants.conv'; got two: 'conv_fq' and 'sigmoid_fq'"
+    ):
         run(quantized_program(), calls_twice)
 
 
@@ -380,7 +390,9 @@ def test_wrong_stage_order_is_refused_when_the_list_is_built() -> None:
         "pass 2 'insert' cannot run after 'fold'; expected a program at stage assigned; "
         "got stage captured, which 'fold' runs at and leaves as it is. Move 'assign' before 'insert'."
     )
-    with pytest.raises(PassError, match="pass 3 'fold' cannot run after 'insert'.*got stage inserted.*Move 'fold' before"):
+    with pytest.raises(
+        PassError, match="pass 3 'fold' cannot run after 'insert'.*got stage inserted.*Move 'fold' before"
+    ):
         PassManager([assign, insert, fold])
     with pytest.raises(PassError, match="Put a pass that leaves stage assigned between 'fold' and 'insert'"):
         PassManager([fold, PassManager([insert])])
@@ -409,7 +421,9 @@ def test_possible_entries_are_those_that_reach_the_end() -> None:
 
 def test_wrong_stage_is_refused_at_run() -> None:
     settle = PassManager([make_pass("settle", (Stage.CALIBRATED,))])
-    with pytest.raises(PassError, match="'settle' cannot run; expected a program at stage calibrated; got stage captured"):
+    with pytest.raises(
+        PassError, match="'settle' cannot run; expected a program at stage calibrated; got stage captured"
+    ):
         settle.run(residual_program())
     program = residual_program()
     program.stage = Stage.INSERTED
@@ -434,7 +448,9 @@ def test_preserving_pass_that_changes_outputs_is_refused() -> None:
     x = torch.ones(2, 3, 8, 8)
     program = residual_program()
     text = program.fingerprint()
-    with pytest.raises(PassError, match="liar: output 0 changed, though the pass promises to preserve it.*at most 0.0001"):
+    with pytest.raises(
+        PassError, match="liar: output 0 changed, though the pass promises to preserve it.*at most 0.0001"
+    ):
         PassManager([liar]).run(program, check_inputs=(x,))
     assert program.fingerprint() == text
     PassManager([liar]).run(residual_program(), check_inputs=x, tolerance=0.1)
@@ -459,7 +475,9 @@ def test_output_check_leaves_no_trace_in_observers_and_statistics() -> None:
     item = make_pass("annotate", EVERY_STAGE, None, annotates, contract=Contract.PRESERVES)
     PassManager([item]).run(program, check_inputs=torch.full((2, 3, 8, 8), 9.0))
     assert program.module.training
-    assert all(torch.equal(value, before[key]) or value.isnan().all() for key, value in program.module.state_dict().items())
+    assert all(
+        torch.equal(value, before[key]) or value.isnan().all() for key, value in program.module.state_dict().items()
+    )
 
 
 def test_recompilation_happens_once_for_each_pass_that_edited_the_graph(monkeypatch: pytest.MonkeyPatch) -> None:

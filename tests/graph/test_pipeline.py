@@ -133,7 +133,19 @@ def test_options_of_every_type_are_decoded() -> None:
     )
     spec = QuantSpec(bits=4, signed=True, granularity=Granularity(0), limits=Limits(0.0, 6.0))
     expected = Assign(
-        True, 3, 2.0, "x", Colour.DARK_BLUE, ("a", "b"), (0.0, 6.5), 4, spec, (Inner(1), Inner(2, 1.0)), "word", "b", {"one": 1}
+        True,
+        3,
+        2.0,
+        "x",
+        Colour.DARK_BLUE,
+        ("a", "b"),
+        (0.0, 6.5),
+        4,
+        spec,
+        (Inner(1), Inner(2, 1.0)),
+        "word",
+        "b",
+        {"one": 1},
     )
     assert item == expected
     assert type(item.ratio) is float and type(item.inners[1].share) is float
@@ -142,7 +154,10 @@ def test_options_of_every_type_are_decoded() -> None:
 @pytest.mark.parametrize(
     "options, said",
     [
-        ("cuont = 3", "unknown key 'cuont' (mine.toml: prepare[0] assign). Did you mean 'count'? Accepted: choice, colour,"),
+        (
+            "cuont = 3",
+            "unknown key 'cuont' (mine.toml: prepare[0] assign). Did you mean 'count'? Accepted: choice, colour,",
+        ),
         ("count = 1.5", "wrong type (mine.toml: prepare[0] assign.count); expected an integer; got the number 1.5"),
         ("count = true", "expected an integer; got the boolean True"),
         ("flag = 1", "expected true or false; got the integer 1"),
@@ -156,7 +171,10 @@ def test_options_of_every_type_are_decoded() -> None:
         ("spec = 8", "assign.spec); expected a table of QuantSpec; got the integer 8"),
         ("spec = { bitz = 8 }", "unknown key 'bitz' (mine.toml: prepare[0] assign.spec). Did you mean 'bits'?"),
         ("spec = { bits = 99 }", "QuantSpec.bits (mine.toml: prepare[0] assign.spec); expected 2 to 16"),
-        ("spec = { granularity = { axis = 'x' } }", "assign.spec.granularity.axis); expected an integer; got the string 'x'"),
+        (
+            "spec = { granularity = { axis = 'x' } }",
+            "assign.spec.granularity.axis); expected an integer; got the string 'x'",
+        ),
         ("inners = [{ share = 1.0 }]", "key 'depth' is missing (mine.toml: prepare[0] assign.inners[0])"),
         ("maybe = 'x'", "assign.maybe); expected an integer"),
         ("either = 1.5", "assign.either); expected an integer or a string; got the number 1.5"),
@@ -174,13 +192,17 @@ def test_wrong_option_is_refused_with_file_and_key(options: str, said: str) -> N
     "text, head, said",
     [
         ("targett = 'x'", HEAD, "unknown key 'targett' (mine.toml). Did you mean 'target'?"),
-        ("target = 'onnxruntime'", HEAD, "unknown value 'onnxruntime' (mine.toml: target). Did you mean 'onnxruntime-x64'?"),
+        (
+            "target = 'onnxruntime'",
+            HEAD,
+            "unknown value 'onnxruntime' (mine.toml: target). Did you mean 'onnxruntime-x64'?",
+        ),
         ("target = 3", HEAD, "(mine.toml: target)"),
         ("[[prepare]]\npass = 'fodl'", HEAD, "unknown pass 'fodl' (mine.toml: prepare[0]). Did you mean 'fold'?"),
         ("[[prepare]]\npas = 'fold'", HEAD, "prepare[0]); expected a table with pass"),
         ("prepare = 'fold'", HEAD, "key 'prepare' (mine.toml); expected [[prepare]] tables"),
         ("a = ", HEAD, "pipeline is not TOML (mine.toml)"),
-        ("", "catalogue = 'their_passes'\n", "catalogue (mine.toml: catalogue); expected \"module:ATTRIBUTE\""),
+        ("", "catalogue = 'their_passes'\n", 'catalogue (mine.toml: catalogue); expected "module:ATTRIBUTE"'),
         ("", "catalogue = 'no_such_module:X'\n", "catalogue 'no_such_module:X' cannot be imported"),
         ("", "catalogue = 'their_passes:NOTHING'\n", "catalogue 'their_passes:NOTHING' cannot be imported"),
         ("", "catalogue = 'their_passes:NOT_ONE'\n", "expected a dict of pass classes by their names"),

@@ -39,9 +39,16 @@ def test_program_comes_back_whole(make: Callable[[], Program], tmp_path: Path) -
     program = make()
     program.target = Target.TENSORRT
     program.add_note(Note(NoteKind.GUARD, "x", "batch of at least 2"))
-    program.node("conv").meta.update({"output_spec": QuantSpec(bits=4), "input_specs": {0: QuantSpec(), 1: QuantSpec(bits=2)}})
+    program.node("conv").meta.update(
+        {"output_spec": QuantSpec(bits=4), "input_specs": {0: QuantSpec(), 1: QuantSpec(bits=2)}}
+    )
     again = saved(program, tmp_path)
-    assert (again.name, again.stage, again.target, again.notes) == (program.name, program.stage, program.target, program.notes)
+    assert (again.name, again.stage, again.target, again.notes) == (
+        program.name,
+        program.stage,
+        program.target,
+        program.notes,
+    )
     assert render(again) == render(program)
     assert again.fingerprint() == program.fingerprint()
     assert [node.meta for node in again.graph.nodes] == [node.meta for node in program.graph.nodes]
@@ -198,7 +205,9 @@ def test_altered_fingerprint_is_refused(path: Path) -> None:
 
 def test_newer_version_is_refused(path: Path) -> None:
     rewrite_member(path, "manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 99'))
-    with pytest.raises(StorageError, match="expected format version 1; got version 99, written by fxquant .* newer one"):
+    with pytest.raises(
+        StorageError, match="expected format version 1; got version 99, written by fxquant .* newer one"
+    ):
         load_program(path)
 
 

@@ -28,6 +28,9 @@ from fxquant.ops.base import OpDef, Role, Writer, table_of
 from tests.lowering.programs import Residual, float_program, image, residual_program
 
 
+ROOT = Path(__file__).parents[2]
+
+
 def big_program() -> Program:
     """A float Residual whose second convolution is above the size that goes to external data."""
     torch.manual_seed(0)
@@ -144,6 +147,7 @@ def test_new_file_is_whole_when_interrupted_after_it_took_its_place(
     assert len(files(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
     script = f"""
         import resource, signal
@@ -166,6 +170,7 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_nothing_is_left_when_the_process_is_killed_while_it_writes(tmp_path: Path) -> None:
     script = f"""
         import os, time
@@ -177,7 +182,9 @@ def test_nothing_is_left_when_the_process_is_killed_while_it_writes(tmp_path: Pa
         os.fsync = wait
         export_onnx(big_program(), {str(tmp_path / "model.onnx")!r}, external_data=True)
     """
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert child.stdout is not None
     with child.stdout:
         assert child.stdout.readline() == "writing\n"

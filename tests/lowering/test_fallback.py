@@ -37,6 +37,7 @@ class Recurrent(nn.Module):
         return states * 2, last
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export about nn.GRU's flat weights
 @pytest.mark.parametrize("opset", [18, 21])
 def test_recurrent_layer_is_inlined_when_exported(opset: int) -> None:
@@ -111,6 +112,7 @@ class _Bessel(nn.Module):
         return torch.special.i0(x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_operation_is_refused_when_torch_onnx_lacks_the_opset() -> None:
     program = float_program(Recurrent(), torch.randn(2, 7, 6))

@@ -147,6 +147,20 @@ def test_accumulator_is_refused_when_it_may_exceed_int32() -> None:
     lower(program)
 
 
+def test_accumulator_is_accepted_when_its_weights_are_small_enough() -> None:
+    def program(filled: int) -> Program:
+        module = nn.Linear(80_000, 1, bias=False)
+        with torch.no_grad():
+            module.weight.zero_()
+            module.weight[0, :filled] = 1.0
+        x = torch.rand(2, 80_000)
+        return quantized(float_program(module, x), ("input_1", "linear"), x)
+
+    lower(program(60_000))  # 60,000 * 255 * 127 < 2^31
+    with pytest.raises(ExportError, match=r"node 'linear'.*int32 accumulator"):
+        lower(program(70_000))
+
+
 def test_accumulator_is_refused_when_a_product_of_activations_is_too_long() -> None:
     class Product(nn.Module):
         def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -387,6 +387,16 @@ def test_opset_is_refused_when_out_of_range() -> None:
         lower(residual_program(), 12)
 
 
+def test_half_precision_is_refused_by_name_when_quantized() -> None:
+    x = image().half()
+    program = float_program(nn.ReLU(), x)
+    insert(program, program.node("relu"), U8)
+    program.recompile()
+    calibrate_on(program, x)
+    with pytest.raises(ExportError, match=r"'relu_fq' cannot be written.*torch.float16.*model\.float"):
+        lower(program)
+
+
 def test_block_granularity_is_refused_by_name_when_lowered() -> None:
     program = residual_program()
     module = fake_quant_of(program, "conv1_weight")

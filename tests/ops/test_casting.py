@@ -38,6 +38,8 @@ SPELLINGS: list[tuple[str, Function]] = [
     ("clone", lambda f, i: aten.clone.default(f)),
     ("contiguous", lambda f, i: aten.contiguous.default(f)),
     ("alias", lambda f, i: aten.alias.default(f)),
+    ("positive", lambda f, i: aten.positive.default(f)),
+    ("resolve_conj", lambda f, i: aten.resolve_conj.default(f)),
     ("detach", lambda f, i: aten.detach.default(f)),
     ("lift_fresh_copy", lambda f, i: aten.lift_fresh_copy.default(f)),
     ("copy", lambda f, i: aten.copy.default(f, i)),

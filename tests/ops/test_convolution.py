@@ -82,9 +82,7 @@ def test_transposed_convolution_is_refused_when_its_output_padding_has_no_onnx_f
 
 
 def test_padded_convolution_has_two_pads_an_axis() -> None:
-    module = Convolution(
-        (4, 2, 3, 3), 4, [2, 2], [0, 1, 1, 2], [1, 1], False, [0, 0], 1, target=PADDED_CONVOLUTION
-    )
+    module = Convolution((4, 2, 3, 3), 4, [2, 2], [0, 1, 1, 2], [1, 1], False, [0, 0], 1, target=PADDED_CONVOLUTION)
     model = assert_emits_like_torch(module, (torch.randn(2, 2, 6, 6),), atol=1e-5, only="Conv")
     assert len(model.graph) in (1, 2)  # one more where torch.export took the composite operation apart
 

@@ -17,7 +17,11 @@ from tests.ops.harness import assert_emits_like_torch
 aten = torch.ops.aten
 MAX = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 AVERAGE = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
-ADAPTIVE_AVERAGE = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+ADAPTIVE_AVERAGE = (
+    aten.adaptive_avg_pool1d.default,
+    aten.adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default,
+)
 ADAPTIVE_MAX = (aten.adaptive_max_pool1d.default, aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default)
 
 
@@ -35,7 +39,7 @@ def pools(draw: st.DrawFn) -> tuple[int, list[list[int]], bool, list[int]]:
     return axes, lists, draw(st.booleans()), sizes
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=25, derandomize=True, deadline=None)
 @given(pools(), st.booleans())
 def test_max_pool_is_torchs_for_all_arguments(
     case: tuple[int, list[list[int]], bool, list[int]], has_batch: bool
@@ -46,7 +50,7 @@ def test_max_pool_is_torchs_for_all_arguments(
     assert_emits_like_torch(function, (x,), dynamic=has_batch, batches=(3,), atol=0, rtol=0)
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(pools(), st.booleans(), st.booleans())
 def test_average_pool_is_torchs_for_all_arguments(
     case: tuple[int, list[list[int]], bool, list[int]], has_batch: bool, count_include_pad: bool
@@ -82,7 +86,7 @@ def test_adaptive_average_pool_to_one_is_global(axes: int) -> None:
     assert_emits_like_torch(function, (torch.randn(3, *[5] * axes),), dynamic=False)
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=15, derandomize=True, deadline=None)
 @given(st.integers(1, 3), st.data())
 def test_adaptive_pool_is_torchs_where_its_windows_are_alike(axes: int, data: st.DataObject) -> None:
     pairs = [(size, count) for size in range(1, 13) for count in range(1, 13) if adaptive_windows(size, count)]
@@ -101,7 +105,9 @@ def test_adaptive_windows_are_none_when_they_differ() -> None:
 @pytest.mark.parametrize("pool", [ADAPTIVE_AVERAGE[1], ADAPTIVE_MAX[1]])
 def test_adaptive_pool_is_refused_when_its_windows_differ(pool: Any) -> None:
     function = (lambda x: pool(x, [7, 7])) if pool is ADAPTIVE_AVERAGE[1] else (lambda x: pool(x, [7, 7])[0])
-    with pytest.raises(ExportError, match=r"adaptive pooling of \(10, 10\) into \(7, 7\) has windows of different sizes"):
+    with pytest.raises(
+        ExportError, match=r"adaptive pooling of \(10, 10\) into \(7, 7\) has windows of different sizes"
+    ):
         assert_emits_like_torch(function, (torch.randn(2, 3, 10, 10),))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from fxquant.graph.program import Program
 from fxquant.lowering.lower import lower
 from fxquant.numerics.runtime import Array
 from fxquant.parity import ParityReport, RuntimeOptions, check_parity
-from tests.lowering.programs import fake_quant_of, float_program, image, quantized, residual_program
+from tests.lowering import programs
+from tests.lowering.programs import fake_quant_of, float_program, image, quantized
 
 ONE_THREAD = RuntimeOptions(threads=1)
 Edit = Callable[[onnx.GraphProto], None]
@@ -34,7 +36,8 @@ class Tokens(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         scores = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=-1)
-        return self.head(nn.functional.gelu(self.norm(scores @ x)))
+        logits: torch.Tensor = self.head(nn.functional.gelu(self.norm(scores @ x)))
+        return logits
 
 
 TOKENS_VALUES = ("x", "linear", "linear_1", "transpose", "matmul", "softmax", "matmul_1", "layer_norm", "gelu")
@@ -45,8 +48,23 @@ def tokens(batch: int = 2, seed: int = 3, length: int = 6) -> torch.Tensor:
     return torch.randn(batch, length, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def residual_program(seed: int = 0) -> Program:
+    """A calibrated Residual, from the cache."""
+    return _residual(seed).copy()
+
+
+@lru_cache
+def _residual(seed: int) -> Program:
+    return programs.residual_program(seed)
+
+
 def tokens_program() -> Program:
-    """A calibrated Tokens; its head's output is not quantized."""
+    """A calibrated Tokens, from the cache; its head's output is not quantized."""
+    return _tokens().copy()
+
+
+@lru_cache
+def _tokens() -> Program:
     torch.manual_seed(1)
     return quantized(float_program(Tokens(), tokens()), TOKENS_VALUES, tokens(8), shares={"transpose": "linear_1"})
 
@@ -129,7 +147,8 @@ def change_grid(quantizer: str, slot: int, change: Callable[[Array], Array]) -> 
 
 def node_of(graph: onnx.GraphProto, name: str) -> onnx.NodeProto:
     """The node called `name`."""
-    return next(node for node in graph.node if node.name == name)
+    found: onnx.NodeProto = next(node for node in graph.node if node.name == name)
+    return found
 
 
 def remove_node(name: str) -> Edit:

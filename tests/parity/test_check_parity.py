@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from fxquant.errors import ParityError
+from fxquant.graph.batches import Batch
 from fxquant.parity import Level, RuntimeOptions, Verdict, check_parity
-from tests.lowering.programs import fake_quant_of, float_program, image, quantized, residual_program
-from tests.parity.files import ONE_THREAD, Tokens, compare, export, tokens, tokens_program
+from tests.lowering import programs
+from tests.lowering.programs import fake_quant_of, float_program, image, quantized
+from tests.parity.files import ONE_THREAD, Tokens, compare, export, residual_program, tokens, tokens_program
 
 
 def test_parity_is_exact_when_nothing_was_changed(tmp_path: Path) -> None:
@@ -60,7 +62,7 @@ def test_inherited_rows_name_their_origin_when_an_earlier_node_rounds(tmp_path: 
 def test_inputs_are_as_in_calibrate_when_tuples_lists_or_dicts_come(tmp_path: Path) -> None:
     program = residual_program()
     path = export(program, tmp_path)
-    batches = [image(2), (image(2),), [image(2)], {"x": image(2)}]
+    batches: list[Batch] = [image(2), (image(2),), [image(2)], {"x": image(2)}]
     report = check_parity(program, path, batches, options=ONE_THREAD, progress=False)
     assert report.exact and report.batches == 4
 
@@ -163,7 +165,7 @@ def test_batch_of_another_shape_is_refused_with_the_input_named(tmp_path: Path) 
 
 def test_uncalibrated_program_is_refused_with_its_values(tmp_path: Path) -> None:
     path = export(residual_program(), tmp_path)
-    program = residual_program(calibrate=False)
+    program = programs.residual_program(calibrate=False)
     with pytest.raises(ParityError, match="none for conv1_weight"):
         check_parity(program, path, [image()], allow_mismatch=True)
 

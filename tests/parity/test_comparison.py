@@ -16,8 +16,8 @@ from fxquant.parity.compare import Tally, compare_codes, compare_values
 from fxquant.parity.onnx_file import OnnxFile
 from fxquant.parity.segments import SegmentReader
 from fxquant.parity.simulation import FloatSimulation, RuntimeCodes, Step
-from tests.lowering.programs import image, residual_program
-from tests.parity.files import ONE_THREAD, export, tokens_program
+from tests.lowering.programs import image
+from tests.parity.files import ONE_THREAD, export, residual_program, tokens_program
 
 
 def test_codes_are_counted_when_some_differ() -> None:

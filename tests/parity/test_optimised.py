@@ -16,7 +16,7 @@ from fxquant.parity.onnx_file import OnnxFile
 from fxquant.parity.optimised import Fusion, KernelKind, read_fusion
 from fxquant.parity.segments import SegmentReader
 from fxquant.spec import QuantSpec, Target
-from tests.lowering.programs import RESIDUAL_VALUES, Residual, float_program, image, quantized, residual_program
+from tests.lowering.programs import RESIDUAL_VALUES, Residual, float_program, image, quantized
 from tests.parity.files import (
     ONE_THREAD,
     Edit,
@@ -25,6 +25,7 @@ from tests.parity.files import (
     low_relu_program,
     node_of,
     plant,
+    residual_program,
     set_attribute,
     tokens_program,
 )

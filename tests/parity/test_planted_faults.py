@@ -10,7 +10,6 @@ import pytest
 
 from fxquant.graph.program import Program
 from fxquant.parity import Verdict
-from tests.lowering.programs import residual_program
 from tests.parity.files import (
     Edit,
     change_code,
@@ -21,6 +20,7 @@ from tests.parity.files import (
     node_of,
     plant,
     remove_node,
+    residual_program,
     set_attribute,
     square_tokens_program,
     store_transposed,

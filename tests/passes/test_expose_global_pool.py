@@ -16,7 +16,9 @@ from tests.ops.harness import compare
 from tests.passes.harness import ROUNDING, captured, difference, output, reasons
 
 aten = torch.ops.aten
-SIGNAL, IMAGE, VOLUME = (torch.randn(2, 4, *[5] * axes, generator=torch.Generator().manual_seed(axes)) for axes in (1, 2, 3))
+SIGNAL, IMAGE, VOLUME = (
+    torch.randn(2, 4, *[5] * axes, generator=torch.Generator().manual_seed(axes)) for axes in (1, 2, 3)
+)
 POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
 
 
