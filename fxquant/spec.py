@@ -122,12 +122,12 @@ class QuantSpec:
         """Lowest code."""
         if not self.signed:
             return 0
-        return -(2 ** (self.bits - 1)) + (1 if self.strict else 0)
+        return -(1 << (self.bits - 1)) + (1 if self.strict else 0)
 
     @property
     def qmax(self) -> int:
         """Highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
 
     @property
     def steps(self) -> int:

@@ -38,6 +38,11 @@ def load_digits(seed: int) -> Digits:
     return Digits(images[:-HELD_BACK], labels[:-HELD_BACK], images[-HELD_BACK:], labels[-HELD_BACK:])
 
 
+def batches_of(samples: torch.Tensor) -> list[torch.Tensor]:
+    """Samples along axis 0, in batches of 32; the last may be smaller."""
+    return [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+
+
 def train(net: nn.Module, digits: Digits, *, epochs: int, seed: int) -> None:
     """Train in place: SGD with momentum 0.9, learning rate 0.1 on a cosine to 0, batches of 32."""
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
@@ -46,7 +51,7 @@ def train(net: nn.Module, digits: Digits, *, epochs: int, seed: int) -> None:
     net.train()
     for _ in track(range(epochs), "training", total=epochs):
         order = torch.randperm(len(digits.train_labels), generator=generator)
-        for batch in order.split(BATCH):
+        for batch in batches_of(order):
             loss = nn.functional.cross_entropy(net(digits.train_images[batch]), digits.train_labels[batch])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves Tensor.backward untyped

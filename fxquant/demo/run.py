@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import fxquant.graph.trace as tracing
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
-from fxquant.demo.digits import BATCH, Digits, load_digits, train
+from fxquant.demo.digits import Digits, batches_of, load_digits, train
 from fxquant.demo.net import DigitsNet
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
@@ -26,6 +25,7 @@ from fxquant.parity import ParityReport, check_parity
 CALIBRATION_BATCHES = 8
 PARITY_BATCHES = 4
 TIMED_RUNS = 200
+ONE_THREAD = RuntimeOptions(threads=1)
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,14 @@ def run_demo(folder: Path, *, epochs: int, seed: int, config: str) -> DemoResult
 
 def _quantize(program: Program, digits: Digits, config: str, dumps: Path) -> None:
     pipeline = load_pipeline(config)
-    trace: tracing.PassTrace = pipeline.prepare(program)
-    trace.dump(dumps / "prepare")
-    calibrate(program, list(digits.train_images.split(BATCH))[:CALIBRATION_BATCHES])
+    pipeline.prepare(program).dump(dumps / "prepare")
+    calibrate(program, batches_of(digits.train_images)[:CALIBRATION_BATCHES])
     pipeline.finalize(program).dump(dumps / "finalize")
 
 
 def _measure(net: torch.nn.Module, program: Program, digits: Digits, folder: Path) -> DemoResult:
     float_path, int8_path = folder / "float.onnx", folder / "model.onnx"
-    report = check_parity(program, int8_path, list(digits.test_images.split(BATCH))[:PARITY_BATCHES])
+    report = check_parity(program, int8_path, batches_of(digits.test_images)[:PARITY_BATCHES], options=ONE_THREAD)
     float_seconds, int8_seconds = _latencies(float_path, int8_path, digits.test_images[:1].numpy())
     with torch.no_grad():
         float_logits, simulated_logits = net(digits.test_images), program.module(digits.test_images)
@@ -96,13 +95,13 @@ def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 def _run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
-    outputs = open_session(path, RuntimeOptions()).run({"x": images.numpy()})
+    outputs = open_session(path, ONE_THREAD).run({"x": images.numpy()})
     return torch.from_numpy(outputs["output"])
 
 
 def _latencies(float_path: Path, int8_path: Path, image: np.ndarray[Any, Any]) -> tuple[float, float]:
     """Median seconds of one image through each model, the runs taken in turn."""
-    sessions = [open_session(path, RuntimeOptions()) for path in (float_path, int8_path)]
+    sessions = [open_session(path, ONE_THREAD) for path in (float_path, int8_path)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TIMED_RUNS):
         for session, taken in zip(sessions, seconds):

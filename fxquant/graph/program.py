@@ -142,9 +142,9 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`; an unknown name is an error with the nearest one."""
-        for node in self.graph.nodes:
-            if node.name == name:
-                return node
+        found: fx.Node | None = next((node for node in self.graph.nodes if node.name == name), None)
+        if found is not None:
+            return found
         raise FxquantError(f"node '{name}' is not in the graph", remedy=nearest(name, (n.name for n in self.graph.nodes)))
 
     def submodule(self, node: fx.Node) -> torch.nn.Module:

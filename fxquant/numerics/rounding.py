@@ -8,6 +8,7 @@ f() rounds to float32, rint rounds half to even (ONNX operator specification, op
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,11 +54,14 @@ class _FakeQuantize(torch.autograd.Function):
         return grads[0] * inside, None, None, None
 
 
+_fake_quantize: Callable[..., torch.Tensor] = _FakeQuantize.apply  # torch leaves Function.apply untyped
+
+
 def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
     """x_hat for `x` (any float dtype; computed in float32), differentiable by the straight-through estimator.
 
     The codes' zero point cancels: x_hat = clip(rint(x / s), qmin - z, qmax - z) * s.
     """
     zero = zero_point.to(torch.float32)
-    out: torch.Tensor = _FakeQuantize.apply(x.to(torch.float32), scale, qmin - zero, qmax - zero)
+    out: torch.Tensor = _fake_quantize(x.to(torch.float32), scale, qmin - zero, qmax - zero)
     return out.to(x.dtype)

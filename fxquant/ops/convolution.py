@@ -63,7 +63,7 @@ def _emit_convolution(node: fx.Node, writer: Writer) -> ir.Value:
 
 
 def _output_padding(node: fx.Node, pads: list[int], writer: Writer) -> list[int]:
-    """What ONNX's output_padding can say, less than the stride; the rest is taken off the pads at the ends, in place."""
+    """What ONNX's output_padding can say (less than the stride); the rest is taken off the end `pads`, in place."""
     extra = list(argument(node, "output_padding"))
     for axis, stride in enumerate(argument(node, "stride")):
         if extra[axis] >= stride and is_transposed(node):

@@ -27,7 +27,6 @@ from fxquant.numerics.runtime import open_session
 from fxquant.ops.base import OpDef, Role, Writer, table_of
 from tests.lowering.programs import Residual, float_program, image, residual_program
 
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -163,9 +162,7 @@ def test_nothing_is_left_when_the_disk_is_full(tmp_path: Path) -> None:
             except ExportError as err:
                 print(err)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=Path.cwd()
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.count("cannot be written; got File too large") == 2, done.stdout + done.stderr
     assert files(tmp_path) == []
 

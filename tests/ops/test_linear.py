@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
+from fxquant.capture import capture
 from fxquant.graph.program import ValueType
+from fxquant.lowering.lower import lower
 from fxquant.ops.base import Role
 from fxquant.ops.table import TABLE
-from tests.ops.harness import assert_emits_like_torch
+from tests.ops.harness import assert_emits_like_torch, compare
 
 aten = torch.ops.aten
 
@@ -65,14 +67,25 @@ def test_linear_of_rank_three_without_bias_stores_its_weight_transposed() -> Non
     assert any(tuple(value.shape or ()) == (4, 5) for value in model.graph.initializers.values())
 
 
+class Pairs(nn.Module):
+    """A linear layer over all pairs of rows of two inputs: [a, 2 b, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
+        return self.linear(torch.cat((x[:, None] + y[None], x[:, None] - y[None]), 1))
+
+
 def test_linear_of_rank_three_is_torchs_when_two_sizes_are_symbolic() -> None:
-    weight, bias = torch.randn(5, 4), torch.randn(5)
-
-    def pairs(x: torch.Tensor, y: torch.Tensor) -> Any:
-        return aten.linear.default(aten.cat.default([x[:, None] + y[None], x[:, None] - y[None]], 1), weight, bias)
-
-    inputs = (torch.randn(2, 4), torch.randn(3, 4))
-    assert_emits_like_torch(pairs, inputs, dynamic=[True, True], only="Gemm", atol=1e-5)
+    module, shapes = Pairs(), ((2, 4), (3, 4))
+    batch, other = torch.export.Dim("batch", min=2), torch.export.Dim("other", min=2)
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    model = lower(capture(module, inputs, dynamic_shapes=({0: batch}, {0: other})))
+    assert "Gemm" in [node.op_type for node in model.graph]
+    for sizes in ((2, 3), (5, 2)):
+        compare(module, model, [torch.randn(size, 4) for size in sizes], atol=1e-5, rtol=1e-5)
 
 
 def _addmm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
