@@ -7,7 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
+
+from fxquant.files import write_text
 
 MEASURED_PACKAGES = (
     "fxquant",
@@ -146,16 +147,7 @@ def write_json(path: Path, document: Mapping[str, Json]) -> None:
     """Write `document` to `path` so that a reader sees the old file or the whole new one, never a part."""
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text(path, text)
 
 
 def progress(message: str) -> None:

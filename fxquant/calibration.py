@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Sized
 
 import torch
 from torch import fx
 
 from fxquant.errors import CalibrationError
-from fxquant.graph.constants import Constants
 from fxquant.graph.batches import Batch, as_arguments, placeholder_values
+from fxquant.graph.constants import Constants
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.progress import track

@@ -48,7 +48,7 @@ class DecomposeAttention(Pass):
     Either way the scores are the product itself, so that onnxruntime computes their codes (QLinearMatMul) and,
     unmasked, those of the softmax: a multiplication behind the product would put both in float. Declines, with the
     reason, an active dropout, and head sizes or head counts that are not known. Contract: PRESERVES (torch multiplies
-    q and k by sqrt(scale) each; the order of roundings differs).
+    q and k by sqrt(scale) each: head sizes 16 to 80 differed by at most 2e-6 of the largest output).
 
     Options:
         fold_scale: False leaves all parameters alone (case 2 always).

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Iterable
 
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.cli.loading import first_batch, load_batches, load_model
-from fxquant.demo.run import DemoResult, run_demo, write_atomically
+from fxquant.demo.run import DemoResult, run_demo
 from fxquant.errors import FxquantError
+from fxquant.files import write_text
 from fxquant.graph.batches import Batch
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
@@ -137,5 +138,5 @@ def parity(options: argparse.Namespace) -> int:
     else:
         print(report)
     if options.json and options.json != "-":
-        write_atomically(Path(options.json), text)
+        write_text(Path(options.json), text)
     return 0 if report.worst_local_steps <= options.tolerance and not report.fault else 1

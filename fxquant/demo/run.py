@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.demo.digits import Digits, batches_of, load_digits, train
 from fxquant.demo.net import DigitsNet
+from fxquant.files import write_text
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
 from fxquant.lowering.export import export_onnx
@@ -61,7 +61,7 @@ def run_demo(folder: Path, *, epochs: int, seed: int, config: str) -> DemoResult
     program.save(folder / "model.fxq")
     program.draw(folder / "graph.svg")
     result = _measure(net, program, digits, folder)
-    write_atomically(folder / "report.json", json.dumps(result.to_dict(), indent=2))
+    write_text(folder / "report.json", json.dumps(result.to_dict(), indent=2))
     return result
 
 
@@ -109,13 +109,3 @@ def _latencies(float_path: Path, int8_path: Path, image: np.ndarray[Any, Any]) -
             session.run({"x": image})
             taken.append(time.perf_counter() - start)
     return float(np.median(seconds[0])), float(np.median(seconds[1]))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a kill leaves the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import fx
 
 from fxquant.errors import FxquantError
+from fxquant.files import write_text
 from fxquant.graph.islands import Island, islands
 from fxquant.graph.layout import Layout, lay_out
 from fxquant.graph.program import Program, input_slots, value_type
@@ -23,6 +24,7 @@ from fxquant.graph.render import render_header, render_node, short_target
 FORMATS = (".svg", ".dot")
 _MARGIN = 24.0
 _TOP = 86.0  # room for title and legend
+_LEGEND_WIDTH = 780.0
 _FONT = "ui-sans-serif, 'DejaVu Sans', Helvetica, Arial, sans-serif"
 
 
@@ -71,7 +73,7 @@ def draw(program: Program, path: str | os.PathLike[str]) -> None:
             "drawing", place=str(place), expected=f"a name that ends in {' or '.join(FORMATS)}", got=f"'{place.suffix}'"
         )
     text = to_svg(program) if place.suffix == ".svg" else to_dot(program)
-    place.write_text(text, encoding="utf-8")
+    write_text(place, text)
 
 
 def to_svg(program: Program) -> str:
@@ -79,7 +81,7 @@ def to_svg(program: Program) -> str:
     boxes = _boxes(program)
     edges = _edges(boxes)
     layout = lay_out({node: (box.width, box.height) for node, box in boxes.items()}, edges)
-    width = max(layout.width + 2 * _MARGIN, 620.0)
+    width = max(layout.width, 9.2 * len(render_header(program)), _LEGEND_WIDTH) + 2 * _MARGIN
     shift = (width - layout.width) / 2
     height = layout.height + _TOP + _MARGIN
     parts = [

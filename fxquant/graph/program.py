@@ -9,10 +9,11 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -215,9 +216,11 @@ class Program:
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of graph, parameters, buffers and encodings; the ONNX file that is lowered from it carries it."""
+        """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file that is lowered from it carries it."""
         digest = hashlib.sha256()
         digest.update(json.dumps(graph_to_records(self.graph), sort_keys=True, default=str).encode())
+        for node, module in self.fake_quant_nodes():
+            digest.update(f"{node.name}:{module.spec!r}".encode())
         for key, tensor in sorted(self.module.state_dict().items()):
             raw = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{key}:{raw.dtype}:{tuple(tensor.shape)}".encode())

@@ -278,7 +278,7 @@ class Rewriter:
         self._record("add", path, type(module).__name__)
 
     def remove_module(self, path: str) -> None:
-        """Remove the submodule at `path`, with its parameters and buffers; nothing may call it or read them any more."""
+        """Remove the submodule at `path`, with its parameters and buffers; nothing may use it any more."""
         self.program.module.get_submodule(path)
         owner_path, _, attribute = path.rpartition(".")
         delattr(self.program.module.get_submodule(owner_path), attribute)

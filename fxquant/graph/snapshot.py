@@ -308,7 +308,10 @@ def _sums_of_bits(tensors: list[torch.Tensor]) -> list[int]:
 def _sum_of_bits(stacked: torch.Tensor) -> torch.Tensor:
     if stacked.is_complex():
         stacked = torch.view_as_real(stacked.resolve_conj())
-    bits = stacked.detach().view(_SAME_SIZE_INTEGER[stacked.element_size()])
+    stacked = stacked.detach()
+    if stacked[0].numel() > _SMALL and stacked.is_contiguous() and stacked.nbytes % 8 == 0:
+        return stacked.view(-1).view(torch.int64).sum()[None]  # several times as fast: no conversion to 64 bits
+    bits = stacked.view(_SAME_SIZE_INTEGER[stacked.element_size()])
     return bits.sum(dim=list(range(1, bits.ndim)), dtype=torch.int64) if bits.ndim > 1 else bits.to(torch.int64)
 
 

@@ -15,10 +15,8 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, cast
@@ -26,6 +24,7 @@ from typing import IO, Any, cast
 import torch
 
 from fxquant.errors import FxquantError, StorageError
+from fxquant.files import replacement
 from fxquant.graph.module import ProgramModule, graph_from_records, graph_to_records
 from fxquant.graph.module_tree import build_tree, describe_tree
 from fxquant.graph.program import Note, NoteKind, Program, Stage
@@ -47,7 +46,7 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     modules, tensors = describe_tree(program)
     text = json.dumps(_content(program, modules), indent=1).encode()
     try:
-        with _replacing(place) as handle, zipfile.ZipFile(handle, "w") as archive:
+        with replacement(place) as handle, zipfile.ZipFile(handle, "w") as archive:
             archive.writestr(_PROGRAM, text)
             with archive.open(_TENSORS, "w", force_zip64=True) as member:
                 hashed = _HashedWriter(member)
@@ -192,25 +191,3 @@ class _HashedWriter:
     def flush(self) -> None:
         """Hand on what is buffered."""
         self._handle.flush()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that takes its place once it is whole and on the disk."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import FxquantError, nearest
+from fxquant.files import write_text
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Stage
 from fxquant.graph.render import diff_texts
@@ -125,7 +126,7 @@ class PassTrace:
 
         def write(name: str, text: str) -> None:
             path = place / name
-            path.write_text(text, encoding="utf-8")
+            write_text(path, text)
             written.append(path)
 
         write(f"00_{self.start.stage}.txt", self.start.text)

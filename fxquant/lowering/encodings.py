@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from fxquant.errors import ExportError
-from fxquant.graph.program import Program, describe
 from fxquant.graph.constants import Constants
+from fxquant.graph.program import Program, describe
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.rounding import along_axis, quantize
 from fxquant.spec import BIAS_SPEC, Encoding, Granularity, QuantSpec

@@ -1,26 +1,22 @@
 """Write an ONNX model so that a full disk or a kill leaves the old file as it was, and nothing else.
 
-Files are written without a name (O_TMPFILE) where the file system can do that, flushed, and only then put in place;
-elsewhere under a temporary name that is removed on failure. External data lies in `<model>.<digest>.data`, named after
+Files are put in place whole (fxquant.files). External data lies in `<model>.<digest>.data`, named after
 its contents: the old model keeps its own data until the new model has taken its place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
-import secrets
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
 
 from fxquant.errors import ExportError
+from fxquant.files import remove, replacement
 
 LARGEST_PROTOBUF = 2**31 - 2**24  # protobuf's limit is 2 GB; 16 MB are left for the graph
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors stay in the model, where shape inference can read them
@@ -42,7 +38,7 @@ def save(model: ir.Model, path: Path, external: bool | None = None) -> None:
         _write(model, path, placed, location)
     except BaseException as err:
         if location is not None and location not in external_files(path):  # no model reads it
-            _remove(path.parent / location)
+            remove(path.parent / location)
         if not isinstance(err, OSError):
             raise
         raise ExportError(
@@ -52,7 +48,7 @@ def save(model: ir.Model, path: Path, external: bool | None = None) -> None:
         ) from err
     _flush_folder(path.parent)
     for stale in old_data - {location}:
-        _remove(path.parent / stale)
+        remove(path.parent / stale)
 
 
 def external_files(path: Path) -> set[str]:
@@ -129,37 +125,6 @@ def _without_data(model: ir.Model, placed: list[_Placed], location: str, folder:
             item.value.const_value = item.tensor
 
 
-@contextlib.contextmanager
-def replacement(path: Path) -> Iterator[BinaryIO]:
-    """A new file to write, which takes the place of `path` when the block ends well; else nothing is left of it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with _new_file(temporary) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            if not temporary.exists():
-                # CPython follows the link only through linkat, which it calls when a folder's descriptor is given.
-                os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno(), follow_symlinks=True)
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
-
-
-@contextlib.contextmanager
-def _new_file(temporary: Path) -> Iterator[BinaryIO]:
-    """A file without a name; one called `temporary` where the file system has no such thing."""
-    try:
-        descriptor = os.open(temporary.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
-    except (AttributeError, OSError) as err:
-        if isinstance(err, OSError) and err.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-            raise
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
-        yield file
-
-
 def _flush_folder(folder: Path) -> None:
     with contextlib.suppress(OSError):  # some file systems cannot; the rename is done all the same
         descriptor = os.open(folder, os.O_RDONLY)
@@ -167,8 +132,3 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink()

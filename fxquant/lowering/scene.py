@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from fxquant.graph.program import Program
 from fxquant.graph.constants import Constants
+from fxquant.graph.program import Program
 from fxquant.lowering.encodings import Encodings
 from fxquant.ops.base import OpDef, OpTable, Role
 

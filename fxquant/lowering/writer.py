@@ -17,10 +17,10 @@ import torch
 from torch import fx
 
 from fxquant.errors import ExportError
+from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program, ValueType, describe, value_type
 from fxquant.lowering.attributes import attribute, schema_of
 from fxquant.lowering.barriers import needs_barrier_behind_weight
-from fxquant.graph.constants import Constants
 from fxquant.lowering.encodings import Encodings, StoredCodes
 from fxquant.lowering.scene import Scene
 from fxquant.ops.base import Emitted, Emitter, OpTable, Size

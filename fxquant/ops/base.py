@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Callable, Iterable, Iterator, Protocol, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -96,7 +97,7 @@ class OpDef:
         output_range: bounds of the output, where the operation fixes them.
         grid_inputs: positions of the args whose grid is the output's, for GRID_PRESERVING (default: the first).
         role_of, types_of, weight_of: role, ONNX types and weight position of a given node, where the arguments decide
-            (a transposed convolution; a product with a parameter). Read them through `role_for`, `types_for` and `weight_for`.
+            (a transposed convolution; a product with a parameter). Read them through `role_for`, `types_for`, `weight_for`.
     """
 
     name: str

@@ -1,8 +1,9 @@
 """Interpolation as ONNX's Resize: nearest on codes, linear and cubic in float; antialiased as two matrix products.
 
-A scale factor that the model gave is what torch computes coordinates with, and so it is what Resize gets; otherwise it
-gets the output size: of the spatial axes alone where ONNX can name them (from opset 18 on), so that a symbolic batch
-needs no runtime shape.
+A scale factor that the model gave is what torch computes coordinates with, and so it is what Resize gets. Otherwise it
+gets the output size, or, so that a symbolic batch needs no runtime shape, the factor that yields it: onnxruntime
+computes with output / input either way. Resize's `axes` attribute stays unused: level ALL of onnxruntime 1.31, which
+puts channels last, cannot permute its sizes and refuses the model.
 """
 
 from __future__ import annotations
@@ -55,11 +56,11 @@ def _emit_resize(sampling: Sampling) -> Emitter:
         bound = bind(node)
         corners = bool(bound.get("align_corners", False))
         factors = None if corners else _factors(bound)
-        scales, sizes, axes = (_scales(w, factors), None, None) if factors else (None, *_sizes(node, w, bound))
+        factors = factors or _exact_factors(node, w)
+        scales, sizes = (_scales(w, factors), None) if factors else (None, _sizes(node, w, bound))
         result: ir.Value = w.op(
             "Resize",
             [w.value(bind_first(node)), None, scales, sizes],
-            axes=axes,
             mode=sampling.mode,
             coordinate_transformation_mode="align_corners" if corners else sampling.coordinates,
             nearest_mode=sampling.nearest,
@@ -74,20 +75,32 @@ def _scales(w: Writer, factors: Sequence[float]) -> ir.Value:
     return w.constant(np.array([1.0, 1.0, *factors], dtype=np.float32))
 
 
-def _sizes(node: fx.Node, w: Writer, bound: dict[str, Any]) -> tuple[ir.Value, list[int] | None]:
-    """The output's sizes, and the axes that they are of (None: all)."""
+def _exact_factors(node: fx.Node, w: Writer) -> list[float] | None:
+    """Output / input of each spatial axis in float32, where onnxruntime makes just this output size of it.
+
+    None where a size is symbolic, where all are known (the sizes themselves serve), or where rounding is in the way.
+    """
+    shape = w.shape(node)
+    source, target = static_shape(w.shape(bind_first(node))[2:]), static_shape(shape[2:])
+    if source is None or target is None or static_shape(shape) is not None:
+        return None
+    factors = np.array(target, np.float32) / np.array(source, np.float32)
+    made = (factors * np.array(source, np.float32)).astype(np.int64)
+    return [float(factor) for factor in factors] if made.tolist() == list(target) else None
+
+
+def _sizes(node: fx.Node, w: Writer, bound: dict[str, Any]) -> ir.Value:
+    """The output's sizes, of all axes."""
     shape, given = w.shape(node), bound["output_size"]
     known, spatial = static_shape(shape), static_shape(shape[2:])
     if known is not None:
-        return ints(w, *known), None
+        return ints(w, *known)
     if spatial is None and not given:
         raise w.refuse(node, f"its output size {shape} is not known now")
-    tail = ints(w, *spatial) if spatial is not None else w.sizes(given)
-    if w.opset >= 18:
-        return tail, list(range(2, len(shape)))
     x = bind_first(node)
     lead = [ints(w, size) if isinstance(size, int) else runtime_size(w, x, axis) for axis, size in enumerate(shape[:2])]
-    return w.op("Concat", [*lead, tail], axis=0), None
+    result: ir.Value = w.op("Concat", [*lead, ints(w, *spatial) if spatial is not None else w.sizes(given)], axis=0)
+    return result
 
 
 def _emit_antialiased(node: fx.Node, w: Writer) -> ir.Value:

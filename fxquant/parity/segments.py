@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from fxquant.graph.program import Program
 from fxquant.graph.constants import Constants
+from fxquant.graph.program import Program
 from fxquant.lowering.signature import input_nodes, output_leaves
 from fxquant.numerics.fake_quant import Mode
 

@@ -500,3 +500,46 @@ def test_recompilation_happens_once_for_each_pass_that_edited_the_graph(monkeypa
     PassManager([nothing, annotate, Doing(gates_twice), nothing]).run(program)
     assert count == 1
     assert "tanh" in program.module.code
+
+
+def test_untouched_tensor_is_not_taken_for_changed_when_others_of_its_shape_are_added() -> None:
+    def adds(program: Program, rewriter: Rewriter) -> None:
+        for index in range(3):
+            rewriter.add_tensor(f"conv.more_{index}", torch.zeros(4, 3, 3, 3), parameter=False)
+
+    program = residual_program()
+    program.module.register_buffer("large", torch.arange(5002.0))
+    run(program, adds)
+    run(program, lambda program, rewriter: rewriter.add_tensor("other", torch.arange(5002.0), parameter=False))
+
+
+TENSORS = {
+    "scalar": torch.tensor(3.0),
+    "odd count": torch.arange(7.0),
+    "even count": torch.arange(8.0),
+    "transposed": torch.arange(12.0).reshape(3, 4).t(),
+    "large": torch.arange(5001.0),
+    "half": torch.arange(6.0).half(),
+    "bool": torch.tensor([True, False, True]),
+    "int64": torch.arange(5),
+    "complex": torch.complex(torch.arange(4.0), torch.ones(4)),
+    "empty": torch.zeros(0, 3),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+@pytest.mark.parametrize("twins", [1, 3])
+def test_data_of_any_kind_overwritten_without_a_version_is_seen(name: str, twins: int) -> None:
+    program = residual_program()
+    for index in range(twins):
+        program.module.register_buffer(f"own_{index}", TENSORS[name].clone())
+
+    def overwrites_last(program: Program, rewriter: Rewriter) -> None:
+        data = program.module.get_buffer(f"own_{twins - 1}").data
+        data[(-1,) * data.ndim] = 0
+
+    run(program, lambda program, rewriter: None)
+    if TENSORS[name].numel() == 0:
+        return
+    with pytest.raises(PassError, match=f"tensor 'own_{twins - 1}' was changed"):
+        run(program, overwrites_last)

@@ -110,25 +110,37 @@ def test_scale_multiplies_the_query_when_one_layer_makes_query_key_and_value() -
 
 
 class Shared(nn.Module):
-    """The query's layer is read twice: its output is the key too, or its weight is another layer's."""
+    """The query's layer is read twice: its output is the key too, or is added behind, or its weight is another's."""
 
-    def __init__(self, tied: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32)
-        if tied:
+        if kind == "tied":
             self.k.weight = self.q.weight
-        self.tied = tied
+        self.kind = kind
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q(x)
-        return F.scaled_dot_product_attention(q, self.k(x) if self.tied else q, x)
+        attended = F.scaled_dot_product_attention(
+            q.unsqueeze(1), (q if self.kind == "key" else self.k(x))[:, None], x[:, None]
+        )
+        return attended.squeeze(1) + (q if self.kind == "residual" else x)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_scale_is_not_folded_into_what_others_read(tied: bool) -> None:
-    program = _decomposed(Shared(tied), TOKENS)
+@pytest.mark.parametrize("kind", ["key", "residual", "tied"])
+def test_scale_is_not_folded_into_what_others_read(kind: str) -> None:
+    program = _decomposed(Shared(kind), TOKENS)
     assert "scaled_dot_product_attention_scale" in _parts(program)
+
+
+def test_scale_is_not_folded_when_query_and_key_are_one_value() -> None:
+    class Same(Shared):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = self.q(x)
+            return F.scaled_dot_product_attention(q, q, q)
+
+    assert "scaled_dot_product_attention_scale" in _parts(_decomposed(Same("same"), TOKENS))
 
 
 def test_softmax_is_torchs_safe_one_only_where_a_row_may_be_hidden() -> None:
