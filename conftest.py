@@ -15,4 +15,6 @@ def _has_passes() -> bool:
 
 
 if not _has_passes():
-    pytest.exit("fxquant is not installed in editable mode here; run: pip install -c constraints.txt -e '.[test]'", returncode=4)
+    pytest.exit(
+        "fxquant is not installed in editable mode here; run: pip install -c constraints.txt -e '.[test]'", returncode=4
+    )

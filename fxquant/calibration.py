@@ -32,14 +32,22 @@ def calibrate(
     The program's grids are as before if it raises before the ranges are complete.
     """
     if program.stage not in (Stage.INSERTED, Stage.CALIBRATED):
-        remedy = "Run the pipeline's prepare passes first." if program.stage < Stage.INSERTED else "Calibrate before finalize."
-        raise CalibrationError("calibrate", expected="a program at stage inserted or calibrated", got=str(program.stage), remedy=remedy)
+        remedy = (
+            "Run the pipeline's prepare passes first."
+            if program.stage < Stage.INSERTED
+            else "Calibrate before finalize."
+        )
+        raise CalibrationError(
+            "calibrate", expected="a program at stage inserted or calibrated", got=str(program.stage), remedy=remedy
+        )
     require_finite_parameters(program)
     owners = _owners(program)
     with _observing(program):
         count = _observe(program, owners, batches, max_batches, progress)
         if count == 0:
-            raise CalibrationError("calibrate", expected="at least one batch", got="none", remedy="Is the iterator used up?")
+            raise CalibrationError(
+                "calibrate", expected="at least one batch", got="none", remedy="Is the iterator used up?"
+            )
         _require_observed(owners)
     for _, module in owners:
         module.compute_encoding()
@@ -50,12 +58,16 @@ def calibrate(
 
 def _owners(program: Program) -> list[tuple[fx.Node, FakeQuant]]:
     """The node that owns each activation's FakeQuant, with the module."""
-    return [(node, module) for node, module in program.fake_quant_nodes() if not module.follows and node.kwargs.get("observe", True)]
+    return [
+        (node, module)
+        for node, module in program.fake_quant_nodes()
+        if not module.follows and node.kwargs.get("observe", True)
+    ]
 
 
 @contextmanager
 def _observing(program: Program) -> Iterator[None]:
-    """Activations observed, weights in float, module in eval mode; on leaving: eval or train mode as it was, all fake."""
+    """Activations observed, weights in float, module in eval mode; on leaving: the mode that it was in, all fake."""
     training = [module for module in program.module.modules() if module.training]
     before = [(module, module.mode) for _, module in program.fake_quant_nodes()]
     for module, _ in before:
@@ -117,10 +129,14 @@ def _require_finite(owners: list[tuple[fx.Node, FakeQuant]], batch: int) -> None
 
 
 def _require_observed(owners: list[tuple[fx.Node, FakeQuant]]) -> None:
-    missing = [str(node.args[0]) for node, module in owners if module.spec.fixed is None and not module.estimator.has_range]
+    missing = [
+        str(node.args[0]) for node, module in owners if module.spec.fixed is None and not module.estimator.has_range
+    ]
     if missing:
         remedy = "Are these values empty in every batch, or never computed?"
-        raise CalibrationError("calibrate", expected="a range for every value", got=f"none for {', '.join(missing)}", remedy=remedy)
+        raise CalibrationError(
+            "calibrate", expected="a range for every value", got=f"none for {', '.join(missing)}", remedy=remedy
+        )
 
 
 def require_ranges(program: Program) -> None:
@@ -128,11 +144,13 @@ def require_ranges(program: Program) -> None:
     missing = [str(node.args[0]) for node, module in program.fake_quant_nodes() if not module.has_encoding]
     if missing:
         names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-        raise CalibrationError("encodings", expected="a range for every value", got=f"none for {names}", remedy="Calibrate first.")
+        raise CalibrationError(
+            "encodings", expected="a range for every value", got=f"none for {names}", remedy="Calibrate first."
+        )
 
 
 def settle(program: Program) -> list[str]:
-    """Compute the weights' grids from the weights as they are; returns the paths of the FakeQuants that were computed."""
+    """Compute the weights' grids from the weights as they are; returns the paths of their FakeQuants."""
     _follow_weights(program)
     settle_biases(program)
     return [str(node.target) for node, module in program.fake_quant_nodes() if module.follows]
@@ -185,5 +203,7 @@ def settle_biases(program: Program) -> None:
             continue
         weight_quant.scale_floor.copy_(torch.maximum(weight_quant.scale_floor, floor * raised))
         weight_quant.scale.copy_(torch.maximum(weight_quant.scale, weight_quant.scale_floor))
-        text = f"weight scale of {int(raised.sum())} of {raised.numel()} channels raised, so that bias codes stay within 2^23"
+        text = (
+            f"weight scale of {int(raised.sum())} of {raised.numel()} channels raised: its bias codes stay within 2^23"
+        )
         program.add_note(Note(NoteKind.BIAS, str(bias.target), text))

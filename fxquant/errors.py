@@ -36,7 +36,7 @@ class FxquantError(Exception):
         return f"{text}. {self.remedy}" if self.remedy else text
 
     def __reduce__(self) -> tuple[object, ...]:
-        fields = dict(place=self.place, expected=self.expected, got=self.got, remedy=self.remedy)
+        fields = {"place": self.place, "expected": self.expected, "got": self.got, "remedy": self.remedy}
         return (_rebuild, (type(self), self.thing, fields), dict(self.__dict__))
 
 
@@ -59,8 +59,8 @@ class ConfigError(FxquantError):
 class PassError(FxquantError):
     """A pass failed, or broke a rule of the engine.
 
-    Raised by a PassManager it carries `pass_name`, `node` (name of the node at fault, "" if unknown) and `rendered`: the
-    printed graph as the pass left it, before it was rolled back.
+    Raised by a PassManager it carries `pass_name`, `node` (name of the node at fault, "" if unknown) and `rendered`:
+    the printed graph as the pass left it, before it was rolled back.
     """
 
     pass_name: str = ""

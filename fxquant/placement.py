@@ -40,12 +40,16 @@ class Rule:
     def __post_init__(self) -> None:
         named = [key for key in ("op", "module", "node") if getattr(self, key) is not None]
         if len(named) != 1:
-            raise ConfigError("placement rule", expected="exactly one of op, module, node", got=", ".join(named) or "none")
+            raise ConfigError(
+                "placement rule", expected="exactly one of op, module, node", got=", ".join(named) or "none"
+            )
         if self.module is not None:
             try:
                 re.compile(self.module)
             except re.error as err:
-                raise ConfigError("placement rule: module", expected="a regular expression", got=f"'{self.module}' ({err})") from err
+                raise ConfigError(
+                    "placement rule: module", expected="a regular expression", got=f"'{self.module}' ({err})"
+                ) from err
 
     @property
     def specificity(self) -> int:
@@ -98,6 +102,10 @@ def check_rules(rules: tuple[Rule, ...], program: Program, table: OpTable) -> No
         if rule.op is not None and rule.op not in accepted:
             raise ConfigError(f"placement rule: op '{rule.op}' is unknown", remedy=nearest(rule.op, accepted))
         if rule.node is not None and rule.node not in nodes:
-            raise ConfigError(f"placement rule: node '{rule.node}' is not in the graph", remedy=nearest(rule.node, nodes))
+            raise ConfigError(
+                f"placement rule: node '{rule.node}' is not in the graph", remedy=nearest(rule.node, nodes)
+            )
         if rule.module is not None and not any(re.fullmatch(rule.module, path) for path in paths):
-            raise ConfigError(f"placement rule: module '{rule.module}' matches nothing", remedy=nearest(rule.module, paths))
+            raise ConfigError(
+                f"placement rule: module '{rule.module}' matches nothing", remedy=nearest(rule.module, paths)
+            )

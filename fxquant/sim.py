@@ -45,7 +45,9 @@ class QuantSim:
         """The module that simulates quantization: train it, evaluate it, move it."""
         return self.program.module
 
-    def compute_encodings(self, batches: Iterable[Batch], *, max_batches: int | None = None, progress: bool = True) -> None:
+    def compute_encodings(
+        self, batches: Iterable[Batch], *, max_batches: int | None = None, progress: bool = True
+    ) -> None:
         """Calibrate on `batches` (fxquant.calibrate)."""
         calibrate(self.program, batches, max_batches=max_batches, progress=progress)
 

@@ -33,7 +33,7 @@ class Target(Enum):
 
 @dataclass(frozen=True)
 class Granularity:
-    """How many encodings a tensor has: one, one for each index of `axis`, or one for each block of `block` along `axis`."""
+    """How many encodings a tensor has: one, one for each index of `axis`, or one for each `block` indices along it."""
 
     axis: int | None = None
     block: int | None = None
@@ -55,7 +55,7 @@ PER_TENSOR = Granularity()
 class Limits:
     """A range [low, high] that an encoding may not exceed, and a zero point that it must have; None leaves it free.
 
-    onnxruntime removes a ReLU6 before a quantizer only if the grid ends at or below 6; `Limits(0.0, 6.0, zero_point=0)` keeps it so.
+    onnxruntime removes a ReLU6 only if the grid behind it ends at or below 6: `Limits(0.0, 6.0, zero_point=0)`.
     """
 
     low: float | None = None
@@ -115,7 +115,9 @@ class QuantSpec:
             raise SpecError("QuantSpec.fixed", expected="low < high", got=str(self.fixed))
         zero_point = self.limits.zero_point
         if zero_point is not None and not self.qmin <= zero_point <= self.qmax:
-            raise SpecError("QuantSpec.limits", expected=f"a zero point in [{self.qmin}, {self.qmax}]", got=str(zero_point))
+            raise SpecError(
+                "QuantSpec.limits", expected=f"a zero point in [{self.qmin}, {self.qmax}]", got=str(zero_point)
+            )
 
     @property
     def qmin(self) -> int:

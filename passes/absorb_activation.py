@@ -22,8 +22,8 @@ from .values import role_of, set_value_spec
 class AbsorbActivation(Pass):
     """Quantize after a relu or clip instead of before it, on a grid that does not leave the activation's range.
 
-    onnxruntime removes a Relu before a QuantizeLinear iff the zero point is the lowest code, and a Clip iff the grid lies
-    within its bounds; only then does the convolution in front run in its integer kernel.
+    onnxruntime removes a Relu before a QuantizeLinear iff the zero point is the lowest code, and a Clip iff the grid
+    lies within its bounds; only then does the convolution in front run in its integer kernel.
 
     1. relu behind an operation with an integer kernel: zero point = lowest code.
     2. clip or hardtanh with bounds (low, high): grid within [low, high]; low = 0 also fixes the zero point.

@@ -16,7 +16,16 @@ from fxquant.ops.table import TABLE
 from fxquant.placement import Decision, Rule, check_rules, decide
 from fxquant.spec import QuantSpec
 
-from .values import arg_slot, definition_of, is_float_value, is_parameter, role_of, set_value_spec, wanted_specs, weight_slot
+from .values import (
+    arg_slot,
+    definition_of,
+    is_float_value,
+    is_parameter,
+    role_of,
+    set_value_spec,
+    wanted_specs,
+    weight_slot,
+)
 
 INTEGER_ROLES = (Role.WEIGHTED, Role.COMPUTE, Role.CONCAT, Role.FIXED_RANGE)
 MASK_REASON = "mask before softmax"
@@ -34,8 +43,8 @@ class AssignSpecs(Pass):
     4. A relu or clip takes over the spec of the value that it reads.
     5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
 
-    Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float, each
-    with its reason. Refuses rules that can match nothing. Contract: PRESERVES (it only annotates).
+    Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float,
+    each with its reason. Refuses rules that can match nothing. Contract: PRESERVES (it only annotates).
 
     Options:
         activation: spec of activations.
@@ -126,7 +135,9 @@ def _additions_above(program: Program, softmax: fx.Node) -> list[fx.Node]:
             continue
         if definition.name in ("add", "where", "masked_fill"):
             chain.append(node)
-            pending.extend(source for source in node.all_input_nodes if is_float_value(source) and not is_parameter(source))
+            pending.extend(
+                source for source in node.all_input_nodes if is_float_value(source) and not is_parameter(source)
+            )
         elif definition.role_for(node) is Role.GRID_PRESERVING:
             pending.append(node.args[0] if isinstance(node.args[0], fx.Node) else None)
     return chain
@@ -142,7 +153,7 @@ def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
 
 
 def _spread_forward(program: Program, rewriter: Rewriter) -> None:
-    """Cases 4 and 5, in graph order: what reads a quantized value, and keeps its grid or is absorbed, is quantized too."""
+    """Cases 4 and 5, in graph order: what keeps a quantized value's grid, or is absorbed, is quantized too."""
     for node in program.graph.nodes:
         role = role_of(program, node)
         if role not in (Role.ACTIVATION, Role.GRID_PRESERVING):
@@ -156,7 +167,7 @@ def _spread_forward(program: Program, rewriter: Rewriter) -> None:
 
 
 def _spread_backward(program: Program, rewriter: Rewriter) -> None:
-    """Case 5, in reverse order: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
+    """Case 5, in reverse: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
     for node in reversed(list(program.graph.nodes)):
         if role_of(program, node) is not Role.GRID_PRESERVING or input_spec(node, 0) is not None:
             continue

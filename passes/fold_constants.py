@@ -38,7 +38,11 @@ class FoldConstants(Pass):
         constants = Constants(program)
         found = [node for node in program.graph.nodes if constants.is_constant(node)]
         for node in found:
-            if is_parameter(node) or not is_float_value(node) or all(constants.is_constant(user) for user in node.users):
+            if (
+                is_parameter(node)
+                or not is_float_value(node)
+                or all(constants.is_constant(user) for user in node.users)
+            ):
                 continue
             if _is_whole_view(program, node, constants.tensor(node)):
                 rewriter.miss(node, "not folded: it shows all of one parameter, and stays a weight")  # case 2

@@ -22,8 +22,8 @@ class QuantizeBias(Pass):
     1. A bias that is a parameter, in a layer whose input and weight come from FakeQuants.
     2. A bias shared by several layers gets a grid for each of them.
 
-    A bias whose codes would exceed 2^23 raises its channel's weight scale when the program is calibrated (fxquant.calibration
-    reports it). Declines, with the reason, a bias that is computed. Contract: QUANTIZES.
+    A bias whose codes would exceed 2^23 raises its channel's weight scale when the program is calibrated
+    (fxquant.calibration reports it). Declines, with the reason, a bias that is computed. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "quantize-bias"
@@ -42,7 +42,11 @@ class QuantizeBias(Pass):
             x = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg not in (bias, weight)), None)
             if not isinstance(bias, fx.Node) or not isinstance(weight, fx.Node) or x is None:
                 continue
-            if program.fake_quant(x) is None or program.fake_quant(weight) is None or program.bias_fake_quant(bias) is not None:
+            if (
+                program.fake_quant(x) is None
+                or program.fake_quant(weight) is None
+                or program.bias_fake_quant(bias) is not None
+            ):
                 continue
             if parameter_of(program, node, definition.bias) is None:
                 rewriter.miss(node, f"bias {bias.name} of {node.name} stays in float: it is computed, not a parameter")
@@ -50,7 +54,12 @@ class QuantizeBias(Pass):
             self._quantize(program, rewriter, node, definition.bias, (bias, x, weight))
 
     def _quantize(
-        self, program: Program, rewriter: Rewriter, node: fx.Node, position: int, sources: tuple[fx.Node, fx.Node, fx.Node]
+        self,
+        program: Program,
+        rewriter: Rewriter,
+        node: fx.Node,
+        position: int,
+        sources: tuple[fx.Node, fx.Node, fx.Node],
     ) -> None:
         bias = sources[0]
         taken = sum(1 for user in bias.users if program.bias_fake_quant(user) is not None)

@@ -46,7 +46,9 @@ class SelectPerChannel(Pass):
             if not spec.symmetric:
                 rewriter.miss(node, f"weight {input_slots(node)[slot].name} stays per tensor: its spec is asymmetric")
             elif definition.channel_axis is None:
-                rewriter.miss(node, f"weight {input_slots(node)[slot].name} stays per tensor: no channel axis")  # case 2
+                rewriter.miss(
+                    node, f"weight {input_slots(node)[slot].name} stays per tensor: no channel axis"
+                )  # case 2
             else:
                 axis = definition.channel_axis(node)
                 rewriter.set_input_spec(node, slot, replace(spec, granularity=Granularity(axis)))  # case 1

@@ -46,7 +46,7 @@ def weight_slot(node: fx.Node, definition: OpDef) -> int | None:
 
 
 def wanted_specs(value: fx.Node) -> dict[QuantSpec, list[str]]:
-    """Each spec that is wanted of a value, with the names of those who want it (the value itself for its output spec)."""
+    """Each spec that is wanted of a value, with the names of those who want it: itself for its output spec."""
     wanted: dict[QuantSpec, list[str]] = {}
     own = output_spec(value)
     if own is not None:

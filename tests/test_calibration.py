@@ -34,7 +34,9 @@ def generated() -> Iterator[torch.Tensor]:
     yield IMAGE * 2
 
 
-@pytest.mark.parametrize("batches", [[IMAGE, IMAGE * 2], ((IMAGE,), [IMAGE * 2]), generated(), [{"x": IMAGE}, {"x": IMAGE * 2}]])
+@pytest.mark.parametrize(
+    "batches", [[IMAGE, IMAGE * 2], ((IMAGE,), [IMAGE * 2]), generated(), [{"x": IMAGE}, {"x": IMAGE * 2}]]
+)
 def test_ranges_cover_all_batches_of_any_iterable(batches: Iterable[fxquant.graph.batches.Batch]) -> None:
     program = prepared()
     fxquant.calibrate(program, batches, progress=False)

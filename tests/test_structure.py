@@ -78,7 +78,9 @@ def test_import_check_finds_a_planted_fault() -> None:
 
 def test_passes_import_siblings_relatively() -> None:
     for path in (ROOT / "passes").glob("*.py"):
-        assert not [name for name in imports_of(path.read_text(encoding="utf-8")) if name.startswith("fxquant.passes")], path
+        assert not [
+            name for name in imports_of(path.read_text(encoding="utf-8")) if name.startswith("fxquant.passes")
+        ], path
 
 
 def test_package_list_matches_the_tree() -> None:

@@ -39,7 +39,10 @@ def _demo_summary(result: DemoResult) -> str:
         ("accuracy, float (torch)", f"{result.float_accuracy:.4f}"),
         ("accuracy, simulated (torch)", f"{result.simulated_accuracy:.4f}"),
         ("accuracy, int8 (onnxruntime)", f"{result.int8_accuracy:.4f}"),
-        ("size, int8 / float", f"{result.int8_bytes} / {result.float_bytes} bytes = {result.int8_bytes / result.float_bytes:.2f}"),
+        (
+            "size, int8 / float",
+            f"{result.int8_bytes} / {result.float_bytes} bytes = {result.int8_bytes / result.float_bytes:.2f}",
+        ),
         ("latency, int8 / float", f"{result.int8_seconds / result.float_seconds:.2f} (batch 1, 1 thread, medians)"),
     ]
     return "\n" + "\n".join(f"{name:30} {value}" for name, value in rows)
@@ -53,7 +56,9 @@ def show(options: argparse.Namespace) -> int:
         if options.passes:
             print(trace)
     elif options.passes or options.config:
-        raise FxquantError("show", expected="a model with --config", got="a saved program", remedy="Leave --config and --passes out.")
+        raise FxquantError(
+            "show", expected="a model with --config", got="a saved program", remedy="Leave --config and --passes out."
+        )
     print(program, end="")
     if options.draw:
         program.draw(options.draw)

@@ -28,7 +28,9 @@ def load_model(name: str) -> Model:
     found = resolve(name, "model")
     model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
-        raise FxquantError(f"model '{name}'", expected="an nn.Module, or a callable that returns one", got=type(model).__name__)
+        raise FxquantError(
+            f"model '{name}'", expected="an nn.Module, or a callable that returns one", got=type(model).__name__
+        )
     return model
 
 
@@ -37,7 +39,9 @@ def resolve(name: str, thing: str) -> Any:
     place, colon, attribute = name.rpartition(":")
     if not colon or not place or not attribute:
         remedy = "Example: mypackage.models:make_model, ./model.py:make_model."
-        raise FxquantError(f"{thing} '{name}'", expected="package.module:callable or file.py:callable", got=name, remedy=remedy)
+        raise FxquantError(
+            f"{thing} '{name}'", expected="package.module:callable or file.py:callable", got=name, remedy=remedy
+        )
     module = _import_file(Path(place), thing) if place.endswith(".py") else _import_module(place, thing)
     if not hasattr(module, attribute):
         names = ", ".join(sorted(key for key in vars(module) if not key.startswith("_")))
@@ -51,7 +55,9 @@ def _import_module(name: str, thing: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as err:
-        raise FxquantError(f"{thing}: module '{name}' cannot be imported", got=str(err), remedy="Is it installed here?") from err
+        raise FxquantError(
+            f"{thing}: module '{name}' cannot be imported", got=str(err), remedy="Is it installed here?"
+        ) from err
 
 
 def _import_file(path: Path, thing: str) -> Any:
@@ -70,7 +76,7 @@ def _require_file(path: Path, thing: str) -> None:
 
 
 def load_batches(name: str, batch_size: int) -> Iterable[Batch]:
-    """Batches from a .npy (samples on axis 0), a .npz (an array for each keyword), a folder of such files, or a callable.
+    """Batches from a .npy (samples on axis 0), a .npz (an array for each keyword), a folder of them, or a callable.
 
     Arrays in files are cut into batches of `batch_size`; a callable gives an iterable of whole batches.
     """
@@ -102,7 +108,9 @@ class Batches:
             arrays = _read(file)
             count = min(len(array) for array in arrays.values())
             for start in range(0, count, self.batch_size):
-                tensors = {key: torch.from_numpy(array[start : start + self.batch_size]) for key, array in arrays.items()}
+                tensors = {
+                    key: torch.from_numpy(array[start : start + self.batch_size]) for key, array in arrays.items()
+                }
                 yield tensors[""] if "" in tensors else tensors
 
 
@@ -114,7 +122,11 @@ def _read(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
     empty = [key or file.name for key, array in arrays.items() if array.ndim == 0 or len(array) == 0]
     if empty or not arrays:
-        raise FxquantError(f"data file '{file}'", expected="arrays with samples on axis 0", got=f"nothing in {', '.join(empty) or file.name}")
+        raise FxquantError(
+            f"data file '{file}'",
+            expected="arrays with samples on axis 0",
+            got=f"nothing in {', '.join(empty) or file.name}",
+        )
     return arrays
 
 

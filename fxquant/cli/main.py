@@ -10,7 +10,10 @@ from fxquant.cli import commands
 from fxquant.errors import FxquantError
 
 MODEL_HELP = "package.module:callable, file.py:callable (an nn.Module, or what returns one), or an exported .pt2 file"
-DATA_HELP = "a .npy or .npz file (samples on axis 0; .npz keys are the model's keywords), a folder of them, or a callable that gives batches"
+DATA_HELP = (
+    "a .npy or .npz file (samples on axis 0; .npz keys are the model's keywords), a folder of them, "
+    "or a callable that gives batches"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
 Subparsers = argparse._SubParsersAction  # argparse names no public type for what add_subparsers returns
 
 
-def _command(subparsers: Subparsers[argparse.ArgumentParser], name: str, text: str, examples: str) -> argparse.ArgumentParser:
+def _command(
+    subparsers: Subparsers[argparse.ArgumentParser], name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
     return subparsers.add_parser(
         name,
         help=text,
@@ -62,10 +67,16 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "train a small net on handwritten digits, quantize it, run it in onnxruntime and compare",
         "  fxquant demo\n  fxquant demo --out /tmp/demo --epochs 20 --seed 3",
     )
-    parser.add_argument("--out", default="fxquant-demo", help="folder for model.onnx, graph.svg, passes/ and report.json (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        default="fxquant-demo",
+        help="folder for model.onnx, graph.svg, passes/ and report.json (default: %(default)s)",
+    )
     parser.add_argument("--epochs", type=_positive, default=12, help="training epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, split and order (default: %(default)s)")
-    parser.add_argument("--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)")
+    parser.add_argument(
+        "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"
+    )
     parser.set_defaults(run=commands.demo)
 
 
@@ -81,7 +92,9 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("program", help=f"a .fxq file, or a model: {MODEL_HELP}")
     _add_data(parser, required=False)
     parser.add_argument("--config", help="prepare the model with this pipeline before printing")
-    parser.add_argument("--passes", action="store_true", help="print what each prepare pass did and declined (needs --config)")
+    parser.add_argument(
+        "--passes", action="store_true", help="print what each prepare pass did and declined (needs --config)"
+    )
     parser.add_argument("--draw", metavar="FILE", help="also draw the graph to FILE (.svg or .dot)")
     parser.set_defaults(run=commands.show)
 
@@ -97,7 +110,9 @@ def _add_diff(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("before", help=f"a .fxq file, or a model: {MODEL_HELP}")
     parser.add_argument("after", nargs="?", help="a .fxq file")
     _add_data(parser, required=False)
-    parser.add_argument("--config", default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)")
+    parser.add_argument(
+        "--config", default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)"
+    )
     parser.add_argument("--pass", dest="pass_name", metavar="PASS", help="name of the pass; without it all of prepare")
     parser.set_defaults(run=commands.diff)
 
@@ -108,12 +123,14 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "quantize",
         "capture, calibrate and lower a model to an integer ONNX model",
         "  fxquant quantize mypackage.models:make_net --data images.npy --out out\n"
-        "  fxquant quantize ./model.py:make_net --data calibration/ --config int8_per_tensor --max-batches 32 --out out\n"
+        "  fxquant quantize ./model.py:make_net --data images/ --config int8_per_tensor --max-batches 32 --out out\n"
         "  fxquant quantize net.pt2 --data mypackage.data:batches --config my_pipeline.toml --out out",
     )
     parser.add_argument("model", help=MODEL_HELP)
     _add_data(parser, required=True)
-    parser.add_argument("--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)")
+    parser.add_argument(
+        "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"
+    )
     parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for model.onnx and model.fxq")
     parser.add_argument("--opset", type=_positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
     parser.set_defaults(run=commands.quantize)
@@ -128,18 +145,33 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "  fxquant parity out/model.onnx --program out/model.fxq --data images.npy --level EXTENDED --json report.json",
     )
     parser.add_argument("onnx", help="the ONNX file that fxquant wrote")
-    parser.add_argument("--program", metavar="FILE", help="the program it was lowered from (default: the .fxq beside it)")
+    parser.add_argument(
+        "--program", metavar="FILE", help="the program it was lowered from (default: the .fxq beside it)"
+    )
     _add_data(parser, required=True)
-    parser.add_argument("--level", default="ALL", choices=("ALL", "EXTENDED", "BASIC", "DISABLED"), help="onnxruntime's graph optimisation (default: %(default)s)")
+    parser.add_argument(
+        "--level",
+        default="ALL",
+        choices=("ALL", "EXTENDED", "BASIC", "DISABLED"),
+        help="onnxruntime's graph optimisation (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=_positive, default=1, help="onnxruntime's threads (default: %(default)s)")
-    parser.add_argument("--tolerance", type=int, default=1, metavar="STEPS", help="largest local difference that passes (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=int,
+        default=1,
+        metavar="STEPS",
+        help="largest local difference that passes (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE; '-' prints JSON alone")
     parser.set_defaults(run=commands.parity)
 
 
 def _add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument("--data", required=required, help=DATA_HELP)
-    parser.add_argument("--batch-size", type=_positive, default=8, help="samples in a batch cut from files (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=8, help="samples in a batch cut from files (default: %(default)s)"
+    )
     parser.add_argument("--max-batches", type=_positive, help="use no more than so many batches")
 
 

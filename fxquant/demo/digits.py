@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits (8x8), split into training and held-back images; and a short training loop."""
+"""scikit-learn's 1,797 handwritten digits (8x8), split in two; and a short training loop."""
 
 from __future__ import annotations
 

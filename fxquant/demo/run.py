@@ -30,7 +30,7 @@ ONE_THREAD = RuntimeOptions(threads=1)
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found; accuracies as fractions of the held-back digits, sizes in bytes, latencies as medians in seconds."""
+    """What the demo found: accuracies on the held-back digits, sizes in bytes, median latencies in seconds."""
 
     float_accuracy: float
     simulated_accuracy: float
@@ -48,7 +48,7 @@ class DemoResult:
 
 
 def run_demo(folder: Path, *, epochs: int, seed: int, config: str) -> DemoResult:
-    """Run the whole demo; writes float.onnx, model.onnx, model.fxq, graph.svg, passes/ and report.json into `folder`."""
+    """Run the whole demo; writes both ONNX models, model.fxq, graph.svg, passes/ and report.json into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     digits = load_digits(seed)
@@ -104,7 +104,7 @@ def _latencies(float_path: Path, int8_path: Path, image: np.ndarray[Any, Any]) -
     sessions = [open_session(path, ONE_THREAD) for path in (float_path, int8_path)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TIMED_RUNS):
-        for session, taken in zip(sessions, seconds):
+        for session, taken in zip(sessions, seconds, strict=True):
             start = time.perf_counter()
             session.run({"x": image})
             taken.append(time.perf_counter() - start)

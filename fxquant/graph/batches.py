@@ -18,14 +18,16 @@ Batch = torch.Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
 
 def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch as positional and keyword arguments: a tensor is one argument, a tuple or list several, a dict keywords."""
+    """A batch as arguments: a tensor is one, a tuple or list several, a dict keywords."""
     if isinstance(batch, torch.Tensor):
         return (batch,), {}
     if isinstance(batch, (tuple, list)):
         return tuple(batch), {}
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    raise FxquantError("batch", expected="a tensor, a tuple or list of tensors, or a dict of keywords", got=type(batch).__name__)
+    raise FxquantError(
+        "batch", expected="a tensor, a tuple or list of tensors, or a dict of keywords", got=type(batch).__name__
+    )
 
 
 def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:
@@ -43,9 +45,9 @@ def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     if len(leaves) != len(placeholders):
         raise FxquantError("batch", expected=f"{len(placeholders)} values", got=f"{len(leaves)}")
-    for node, leaf in zip(placeholders, leaves):
+    for node, leaf in zip(placeholders, leaves, strict=True):
         _check(node, leaf)
-    return {node.name: leaf for node, leaf in zip(placeholders, leaves)}
+    return {node.name: leaf for node, leaf in zip(placeholders, leaves, strict=True)}
 
 
 def _flatten(program: Program, values: list[Any]) -> list[Any]:
@@ -57,7 +59,7 @@ def _flatten(program: Program, values: list[Any]) -> list[Any]:
     if not takes_keywords:
         return list(fx_pytree.tree_flatten_spec(values, spec))
     count = spec.child(0).num_children
-    keywords = dict(zip(spec.child(1).context, values[count:]))
+    keywords = dict(zip(spec.child(1).context, values[count:], strict=True))
     return list(fx_pytree.tree_flatten_spec((tuple(values[:count]), keywords), spec))
 
 

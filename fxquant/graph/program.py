@@ -146,7 +146,9 @@ class Program:
         found: fx.Node | None = next((node for node in self.graph.nodes if node.name == name), None)
         if found is not None:
             return found
-        raise FxquantError(f"node '{name}' is not in the graph", remedy=nearest(name, (n.name for n in self.graph.nodes)))
+        raise FxquantError(
+            f"node '{name}' is not in the graph", remedy=nearest(name, (n.name for n in self.graph.nodes))
+        )
 
     def submodule(self, node: fx.Node) -> torch.nn.Module:
         """The module that a call_module node calls."""
@@ -211,12 +213,14 @@ class Program:
 
     def copy(self) -> Program:
         """A copy that shares nothing with this one."""
-        twin = Program(copy.deepcopy(self.module), name=self.name, stage=self.stage, target=self.target, notes=self.notes)
+        twin = Program(
+            copy.deepcopy(self.module), name=self.name, stage=self.stage, target=self.target, notes=self.notes
+        )
         twin.link_biases()
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file that is lowered from it carries it."""
+        """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file lowered from it carries it."""
         digest = hashlib.sha256()
         digest.update(json.dumps(graph_to_records(self.graph), sort_keys=True, default=str).encode())
         for node, module in self.fake_quant_nodes():

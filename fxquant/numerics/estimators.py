@@ -13,7 +13,10 @@ from fxquant.spec import Granularity
 
 
 class Estimator(nn.Module):
-    """Base of the estimators: `observe` sees a tensor, `low` and `high` (float32) are the range so far; low > high before any."""
+    """Base of the estimators: `observe` sees a tensor, `low` and `high` (float32) are the range so far.
+
+    Before anything was seen low is inf and high is -inf.
+    """
 
     low: torch.Tensor
     high: torch.Tensor
@@ -66,7 +69,7 @@ class MinMax(Estimator):
 
 
 class MovingAverage(Estimator):
-    """Exponential moving average of each tensor's extremes: m <- m + momentum * (new - m), started at the first tensor's."""
+    """Moving average of each tensor's extremes: m <- m + momentum * (new - m), started at the first tensor's."""
 
     momentum = 0.1
 

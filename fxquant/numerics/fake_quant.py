@@ -61,7 +61,9 @@ class FakeQuant(nn.Module):
     def encoding(self) -> Encoding:
         """The grid as it is now, on the CPU."""
         if not self.has_encoding:
-            raise CalibrationError("FakeQuant has no encoding", remedy="Calibrate the program first (fxquant.calibrate).")
+            raise CalibrationError(
+                "FakeQuant has no encoding", remedy="Calibrate the program first (fxquant.calibrate)."
+            )
         return Encoding(self.scale.detach().cpu().clone(), self.zero_point.detach().cpu().clone(), self.spec)
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
@@ -78,7 +80,9 @@ class FakeQuant(nn.Module):
     def compute_encoding(self) -> None:
         """Turn what the estimator saw into a grid; a fixed range needs no data."""
         if self.spec.fixed is None and not self.estimator.has_range:
-            raise CalibrationError("FakeQuant has no range", remedy="Run calibration batches through the program first.")
+            raise CalibrationError(
+                "FakeQuant has no range", remedy="Run calibration batches through the program first."
+            )
         self.set_range(self.estimator.low, self.estimator.high) if self.spec.fixed is None else self._set_fixed()
 
     def _set_fixed(self) -> None:
@@ -132,7 +136,9 @@ class BiasFakeQuant(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._sources: tuple[FakeQuant, FakeQuant] | None = None  # a tuple, so that nn.Module does not register them here
+        self._sources: tuple[FakeQuant, FakeQuant] | None = (
+            None  # a tuple, so that nn.Module does not register them here
+        )
 
     def link(self, x_quant: FakeQuant, weight_quant: FakeQuant) -> None:
         """Take input and weight scale from these."""
@@ -170,7 +176,7 @@ class BiasFakeQuant(nn.Module):
         return (need.amax() if weight_quant.scale.ndim == 0 else need).to(torch.float32)
 
     def forward(self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Quantize the bias once both grids are in use; `x` and `weight` are read by the layer itself, and name the sources."""
+        """Quantize the bias once both grids are in use; `x` and `weight` only name the sources."""
         if any(source.mode in (Mode.OFF, Mode.OBSERVE) for source in self.sources):
             return bias
         zero = torch.zeros_like(self.scale, dtype=torch.int64)

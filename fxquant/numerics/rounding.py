@@ -38,7 +38,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Quantize and dequantize; the gradient passes straight through where the value was on the grid, and stops elsewhere."""
+    """Quantize and dequantize; the gradient passes straight through inside the grid, and stops outside."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ class Role(Enum):
     """What an operation is to quantization."""
 
     WEIGHTED = "compute with a weight"  # convolution, linear
-    COMPUTE = "compute on activations"  # add, mul, matmul, average pooling: integer kernel when inputs and output are quantized
+    COMPUTE = "compute on activations"  # add, mul, matmul, average pooling: integer kernel between Q and DQ
     GRID_PRESERVING = "grid-preserving"  # max pooling, reshape ...: output codes are input codes
     CONCAT = "concatenation"  # integer kernel at any scales; may share one grid
     ACTIVATION = "activation"  # relu, clip: absorbed by the quantizer behind it
@@ -65,8 +65,8 @@ class Writer(Protocol):
     def weight(self, node: fx.Node, perm: Sequence[int] | None = None) -> ir.Value:
         """The value of a weight argument, transposed by `perm` if given.
 
-        Where the argument is a constant (a parameter, or a parameter behind a FakeQuant) the transposition is done in the
-        initializer and the DequantizeLinear's axis follows; otherwise a Transpose is appended.
+        Where the argument is a constant (a parameter, or a parameter behind a FakeQuant) the transposition is done in
+        the initializer and the DequantizeLinear's axis follows; otherwise a Transpose is appended.
         """
 
     def sizes(self, sizes: Sequence[Size]) -> ir.Value:
@@ -97,7 +97,7 @@ class OpDef:
         output_range: bounds of the output, where the operation fixes them.
         grid_inputs: positions of the args whose grid is the output's, for GRID_PRESERVING (default: the first).
         role_of, types_of, weight_of: role, ONNX types and weight position of a given node, where the arguments decide
-            (a transposed convolution; a product with a parameter). Read them through `role_for`, `types_for`, `weight_for`.
+            (a transposed convolution; a product with a parameter). Ask `role_for`, `types_for` and `weight_for`.
     """
 
     name: str

@@ -11,7 +11,7 @@ import pytest
 
 from fxquant.cli.main import main, make_parser
 
-MODEL = '''
+MODEL = """
 import torch
 from torch import nn
 
@@ -36,7 +36,7 @@ def batches():
         yield torch.randn(4, 3, 8, 8)
 
 seven = 7
-'''
+"""
 
 
 @pytest.fixture
@@ -54,7 +54,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("data", ["images.npy", "images.npz", "parts", "model.py:batches"])
-def test_quantize_then_parity_agree_for_every_kind_of_data(folder: Path, data: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quantize_then_parity_agree_for_every_kind_of_data(
+    folder: Path, data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["quantize", "model.py:make_net", "--data", data, "--out", "out"]) == 0
     assert "wrote out/model.onnx" in capsys.readouterr().out
     assert main(["parity", "out/model.onnx", "--data", data, "--json", "report.json"]) == 0
@@ -70,7 +72,9 @@ def test_parity_prints_json_alone_on_request(folder: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["batches"] == 1
 
 
-def test_parity_fails_on_a_planted_weight_code_and_names_the_node(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parity_fails_on_a_planted_weight_code_and_names_the_node(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
     model = onnx.load("out/model.onnx")
     codes = next(item for item in model.graph.initializer if item.name == "conv_weight.codes")
@@ -100,7 +104,9 @@ def test_show_prints_a_model_before_and_after_prepare(folder: Path, capsys: pyte
     assert "fold-batch-norm" in printed and "relu_fq = FakeQuant(relu)" in printed
 
 
-def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["diff", "model.py:make_net", "--data", "images.npy", "--pass", "fold-batch-norm"]
     assert main(arguments) == 0
     assert "-bn = BatchNorm2d" in capsys.readouterr().out
@@ -121,7 +127,10 @@ def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(folder: 
         (["quantize", "model.py:seven", "--data", "images.npy", "--out", "o"], "nn.Module"),
         (["quantize", "model.py:make_net", "--data", "absent.npy", "--out", "o"], "does not exist"),
         (["quantize", "model.py:make_net", "--data", "model.py:seven", "--out", "o"], "iterable"),
-        (["quantize", "model.py:make_net", "--data", "images.npy", "--config", "int8_per_chanel", "--out", "o"], "int8_per_channel"),
+        (
+            ["quantize", "model.py:make_net", "--data", "images.npy", "--config", "int8_per_chanel", "--out", "o"],
+            "int8_per_channel",
+        ),
         (["quantize", "model.py:make_net", "--data", "images.npy", "--opset", "12", "--out", "o"], "13"),
         (["parity", "absent.onnx", "--data", "images.npy"], "does not exist"),
         (["show", "absent.fxq"], "absent.fxq"),

@@ -47,7 +47,14 @@ def residual(seed: int = 0) -> Residual:
 
 def before(kind: type[Pass], model: nn.Module, *inputs: torch.Tensor) -> Program:
     """The program of a model, run through the packaged order of quantizing passes up to, not including, `kind`."""
-    order = (FoldBatchNorm(), AssignSpecs(), SelectPerChannel(), AbsorbActivation(), ShareEncodings(), InsertFakeQuant())
+    order = (
+        FoldBatchNorm(),
+        AssignSpecs(),
+        SelectPerChannel(),
+        AbsorbActivation(),
+        ShareEncodings(),
+        InsertFakeQuant(),
+    )
     names = [item.name for item in order]
     program = captured(model, *inputs)
     ahead = order[: names.index(kind.name)] if kind.name in names else order

@@ -245,27 +245,19 @@ DECLINED: dict[str, tuple[nn.Module, torch.Tensor, list[str]]] = {
         CalledTwice(conv=_conv(), bn1=_bn(), bn2=_bn()),
         IMAGE,
         [
-            "bn1 not folded: conv_weight has 2 users (conv, conv_1); "
-            f"relu {NOTHING_BEHIND}",
-            "bn2 not folded: conv_weight has 2 users (conv, conv_1); "
-            f"relu_1 {NOTHING_BEHIND}",
+            f"bn1 not folded: conv_weight has 2 users (conv, conv_1); relu {NOTHING_BEHIND}",
+            f"bn2 not folded: conv_weight has 2 users (conv, conv_1); relu_1 {NOTHING_BEHIND}",
         ],
     ),
     "tied weight": (
         Tied(conv=_conv(), bn=_bn(), head=_conv()),
         IMAGE,
-        [
-            "bn not folded: conv.weight and head.weight are one tensor; "
-            f"relu {NOTHING_BEHIND}"
-        ],
+        [f"bn not folded: conv.weight and head.weight are one tensor; relu {NOTHING_BEHIND}"],
     ),
     "computed weight": (
         ComputedWeight(),
         IMAGE,
-        [
-            "bn not folded: convolution's weight or bias is computed, by mul; "
-            f"relu {NOTHING_BEHIND}"
-        ],
+        [f"bn not folded: convolution's weight or bias is computed, by mul; relu {NOTHING_BEHIND}"],
     ),
     "no statistics": (
         nn.Sequential(_conv(), _bn(track_running_stats=False)),

@@ -20,7 +20,11 @@ def test_biases_of_quantized_layers_are_quantized() -> None:
     program = before(QuantizeBias, residual(), IMAGE)
     run_pass(QuantizeBias(), program)
     assert [str(node.args[0]) for node, _ in program.bias_nodes()] == ["conv1_bias", "conv2_bias", "fc_bias"]
-    assert [node.name for node in program.node("conv1_bias_fq").all_input_nodes] == ["conv1_bias", "x_fq", "conv1_weight_fq"]
+    assert [node.name for node in program.node("conv1_bias_fq").all_input_nodes] == [
+        "conv1_bias",
+        "x_fq",
+        "conv1_weight_fq",
+    ]
 
 
 def test_bias_codes_are_those_of_the_products_scale() -> None:
