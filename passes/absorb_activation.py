@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import fx
 
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, output_spec
 from fxquant.graph.rewriter import Rewriter
+from fxquant.ops.activation import activation_bounds
 from fxquant.ops.base import Role
 from fxquant.spec import Limits, QuantSpec
 
@@ -79,16 +79,3 @@ def _limits(bounds: tuple[float, float], spec: QuantSpec) -> Limits:
     if low == 0.0:
         return Limits(0.0, finite_high, spec.qmin)  # case 1, and case 2 from 0
     return Limits(None if low == float("-inf") else low, finite_high)  # case 2
-
-
-def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
-    """Lowest and highest output of a relu or clip, or None if they are not constants."""
-    if node.target is torch.ops.aten.relu.default:
-        return 0.0, float("inf")
-    low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
-    high: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("max", node.kwargs.get("max_val"))
-    if node.target is torch.ops.aten.hardtanh.default:
-        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
-    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
-        return None
-    return (float("-inf") if low is None else float(low)), (float("inf") if high is None else float(high))

@@ -14,8 +14,7 @@ from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops._arguments import bind
-
-from .absorb_activation import activation_bounds
+from fxquant.ops.activation import activation_bounds
 
 aten = torch.ops.aten
 _ADAPTIVE_POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import fx
@@ -11,6 +11,7 @@ from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, input_spec, output_spec
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import Role
+from fxquant.spec import NO_LIMITS, QuantSpec
 
 from .values import is_float_value, role_of, set_value_spec, wanted_specs
 
@@ -55,10 +56,12 @@ class ShareEncodings(Pass):
             rewriter.miss(node, f"{node.name} shares nothing: {source.name} is wanted with {len(source_specs)} specs")
             return
         for output in outputs:  # cases 1 and 2
-            old = output_spec(output)
-            if old is None:
+            own = output_spec(output)
+            if own is None:
                 continue
-            set_value_spec(rewriter, output, old, source_specs[0])
+            for old in wanted_specs(output):
+                if old == own or _without_limits(old) == _without_limits(source_specs[0]):  # a softmax's limits bind
+                    set_value_spec(rewriter, output, old, source_specs[0])  # the readers of its transpose too
             rewriter.share_encoding(output, owner_of(source))
 
     def _join(self, rewriter: Rewriter, node: fx.Node) -> None:
@@ -72,6 +75,10 @@ class ShareEncodings(Pass):
                 rewriter.miss(node, f"{value.name} keeps its grid: its spec is {specs[0] if specs else 'none'}")
             else:
                 rewriter.share_encoding(value, owner_of(node))
+
+
+def _without_limits(spec: QuantSpec) -> QuantSpec:
+    return replace(spec, limits=NO_LIMITS)
 
 
 def owner_of(value: fx.Node) -> str:

@@ -16,11 +16,11 @@ from fxquant.errors import ExportError, FxquantError
 from fxquant.graph.program import Program, Stage
 from fxquant.lowering.fallback import emit_unknown
 from fxquant.lowering.guards import run_guards
-from fxquant.lowering.quantizers import emit_quantizer
+from fxquant.lowering.quantizers import emit_quantizer, is_left_to_quantizer
 from fxquant.lowering.signature import input_nodes, output_leaves
 from fxquant.lowering.writer import GraphWriter
 from fxquant.numerics.fake_quant import Mode
-from fxquant.ops.base import Emitted, Emitter, OpTable
+from fxquant.ops.base import Emitted, Emitter, OpTable, Role
 from fxquant.ops.table import TABLE
 from fxquant.spec import Target
 
@@ -105,6 +105,8 @@ def _emitter(node: fx.Node, writer: GraphWriter, table: OpTable) -> Emitter:
     if program.fake_quant(node) is not None or program.bias_fake_quant(node) is not None:
         return _quantizer
     definition = table.find(node, module)
+    if definition is not None and definition.role_for(node) is Role.ACTIVATION and is_left_to_quantizer(node, writer):
+        return _input_itself
     if definition is not None:
         return definition.emit
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -114,6 +116,11 @@ def _emitter(node: fx.Node, writer: GraphWriter, table: OpTable) -> Emitter:
 
 def _quantizer(node: fx.Node, writer: Any) -> Emitted:
     return emit_quantizer(node, writer)
+
+
+def _input_itself(node: fx.Node, writer: Any) -> Emitted:
+    found: ir.Value = writer.value(node.args[0])
+    return found
 
 
 def _getitem(node: fx.Node, writer: Any) -> Emitted:

@@ -19,6 +19,7 @@ from fxquant.lowering.barriers import needs_barrier_before_quantizer
 from fxquant.lowering.encodings import storage_dtype
 from fxquant.lowering.writer import GraphWriter
 from fxquant.numerics.rounding import along_axis, dequantize
+from fxquant.ops.activation import activation_bounds
 from fxquant.ops.base import Emitted
 from fxquant.spec import Encoding, QuantSpec
 
@@ -75,3 +76,27 @@ def _clip_reals(real: ir.Value, source: fx.Node, encoding: Encoding, writer: Gra
     low, high = (along_axis(bound, spec.granularity, rank).numpy() for bound in bounds)
     above = writer.place("Max", [real, writer.constant(low)], f"{source.name}.clip_low")
     return writer.place("Min", [above, writer.constant(high)], f"{source.name}.clip_high")
+
+
+def is_left_to_quantizer(node: fx.Node, writer: GraphWriter) -> bool:
+    """Whether a relu or clip need not be written, because the quantizer that alone reads it clips as much.
+
+    Only behind a linear of rank above 2, a Gemm between two Reshapes: there onnxruntime 1.31.1 removes the Relu too
+    late for the QuantizeLinear to move up to the Gemm, which then gives floats.
+    """
+    source, users = node.args[0], list(node.users)
+    bounds = activation_bounds(node)
+    if (
+        bounds is None
+        or len(users) != 1
+        or writer.program.fake_quant(users[0]) is None
+        or not isinstance(source, fx.Node)
+    ):
+        return False
+    if source.target is not torch.ops.aten.linear.default or len(writer.shape(source)) < 3 or len(source.users) != 1:
+        return False
+    if writer.program.fake_quant(users[0]) is None or writer.encodings.is_off(users[0]):
+        return False
+    encoding = writer.encodings.encoding(users[0])
+    low, high = (torch.round(torch.tensor(bound) / encoding.scale) + encoding.zero_point for bound in bounds)
+    return bool((low <= encoding.spec.qmin).all() and (high >= encoding.spec.qmax).all())

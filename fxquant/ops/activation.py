@@ -64,6 +64,19 @@ def clip_role(node: fx.Node) -> Role:
     return Role.FLOAT if any(isinstance(value, fx.Node) for value in bounds) else Role.ACTIVATION
 
 
+def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
+    """Lowest and highest output of a relu or clip, or None if they are not constants."""
+    if node.target is aten.relu.default:
+        return 0.0, float("inf")
+    low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
+    high: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("max", node.kwargs.get("max_val"))
+    if node.target is aten.hardtanh.default:
+        low, high = (-1.0 if low is None else low), (1.0 if high is None else high)
+    if isinstance(low, fx.Node) or isinstance(high, fx.Node):
+        return None
+    return (float("-inf") if low is None else float(low)), (float("inf") if high is None else float(high))
+
+
 def _emit_relu(node: fx.Node, w: Writer) -> ir.Value:
     """onnxruntime's Relu has no kernel for int64."""
     if w.dtype(node).is_floating_point:

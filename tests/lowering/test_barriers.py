@@ -99,6 +99,11 @@ def _two_quantizers_in_a_row() -> tuple[Program, torch.Tensor]:
     return program, image(8, 3)
 
 
+def _near_uniform_softmax() -> tuple[Program, torch.Tensor]:
+    x = torch.randn(4, 6, 16) * 0.1
+    return program_of(nn.Softmax(-1), x, values=True, weights=False), x
+
+
 CASES: tuple[tuple[Callable[[], tuple[Program, torch.Tensor]], float], ...] = (
     (_float_convolution, 0.02),
     (_float_convolution_and_relu, 0.02),
@@ -107,6 +112,7 @@ CASES: tuple[tuple[Callable[[], tuple[Program, torch.Tensor]], float], ...] = (
     (_float_bias, 0.0),
     (_weight_only_product, 0.9),
     (_two_quantizers_in_a_row, 0.9),
+    (_near_uniform_softmax, 0.2),
 )
 
 
@@ -126,3 +132,10 @@ def test_barrier_is_left_out_when_nothing_would_be_rewritten() -> None:
     assert "Max" not in {node.op_type for node in lower(free).graph}
     only_input = program_of(nn.Conv2d(3, 8, 3), image(8), values=False, weights=True)
     assert "Max" not in {node.op_type for node in lower(only_input).graph}
+
+
+@pytest.mark.parametrize(("spread", "is_kept_in_float"), [(0.1, True), (2.0, False)])
+def test_softmax_runs_on_integers_unless_its_grid_is_too_fine(spread: float, is_kept_in_float: bool) -> None:
+    torch.manual_seed(0)
+    program = program_of(nn.Softmax(-1), torch.randn(4, 6, 16) * spread, values=True, weights=False)
+    assert ("Max" in {node.op_type for node in lower(program).graph}) == is_kept_in_float
