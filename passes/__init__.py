@@ -6,7 +6,9 @@ from fxquant.graph.passes import Pass
 
 from .absorb_activation import AbsorbActivation
 from .assign_specs import AssignSpecs
+from .convolve_batch_norm import ConvolveBatchNorm
 from .decompose_attention import DecomposeAttention
+from .decompose_silu import DecomposeSilu
 from .expose_global_pool import ExposeGlobalPool
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
@@ -23,7 +25,9 @@ from .share_encodings import ShareEncodings
 _PASSES: tuple[type[Pass], ...] = (
     AbsorbActivation,
     AssignSpecs,
+    ConvolveBatchNorm,
     DecomposeAttention,
+    DecomposeSilu,
     ExposeGlobalPool,
     FoldBatchNorm,
     FoldConstants,

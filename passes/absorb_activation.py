@@ -14,8 +14,7 @@ from fxquant.ops.activation import activation_bounds
 from fxquant.ops.base import Role
 from fxquant.spec import Limits, QuantSpec
 
-from .assign_specs import INTEGER_ROLES
-from .values import role_of, set_value_spec
+from .values import INTEGER_ROLES, role_of, set_value_spec
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fxquant.placement import Decision, Rule, check_rules, decide
 from fxquant.spec import QuantSpec
 
 from .values import (
+    INTEGER_ROLES,
     arg_slot,
     definition_of,
     is_float_value,
@@ -27,7 +28,6 @@ from .values import (
     weight_slot,
 )
 
-INTEGER_ROLES = (Role.WEIGHTED, Role.COMPUTE, Role.CONCAT, Role.FIXED_RANGE)
 MASK_REASON = "mask before softmax"
 SOFTMAXES = ("softmax", "safe_softmax", "log_softmax")
 

@@ -11,6 +11,8 @@ from fxquant.ops.base import OpDef, Role
 from fxquant.ops.table import TABLE
 from fxquant.spec import QuantSpec
 
+INTEGER_ROLES = (Role.WEIGHTED, Role.COMPUTE, Role.CONCAT, Role.FIXED_RANGE)
+
 
 def definition_of(program: Program, node: fx.Node) -> OpDef | None:
     """The operation that a node calls, or None if the table does not know it."""
@@ -22,6 +24,15 @@ def role_of(program: Program, node: fx.Node) -> Role | None:
     """The role of the operation that a node calls."""
     definition = definition_of(program, node)
     return None if definition is None else definition.role_for(node)
+
+
+def makes_codes(program: Program, value: fx.Node) -> bool:
+    """Whether a value will come from an integer kernel, directly or through activations and what preserves grids."""
+    role = role_of(program, value)
+    while role in (Role.ACTIVATION, Role.GRID_PRESERVING) and isinstance(value.args[0], fx.Node):
+        value = value.args[0]
+        role = role_of(program, value)
+    return role in INTEGER_ROLES or value.target is torch.ops.aten.silu.default  # decompose-silu takes it apart
 
 
 def is_float_value(node: fx.Node) -> bool:

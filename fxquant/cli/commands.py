@@ -35,6 +35,7 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def _demo_summary(result: DemoResult) -> str:
+    latencies = ", ".join(f"{ratio:.2f} at batch {size}" for size, ratio in result.latency_ratios.items())
     rows = [
         ("accuracy, float (torch)", f"{result.float_accuracy:.4f}"),
         ("accuracy, simulated (torch)", f"{result.simulated_accuracy:.4f}"),
@@ -43,7 +44,7 @@ def _demo_summary(result: DemoResult) -> str:
             "size, int8 / float",
             f"{result.int8_bytes} / {result.float_bytes} bytes = {result.int8_bytes / result.float_bytes:.2f}",
         ),
-        ("latency, int8 / float", f"{result.int8_seconds / result.float_seconds:.2f} (batch 1, 1 thread, medians)"),
+        ("latency, int8 / float", f"{latencies} (1 thread, medians)"),
     ]
     return "\n" + "\n".join(f"{name:30} {value}" for name, value in rows)
 

@@ -72,7 +72,7 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         default="fxquant-demo",
         help="folder for model.onnx, graph.svg, passes/ and report.json (default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=_positive, default=12, help="training epochs (default: %(default)s)")
+    parser.add_argument("--epochs", type=_positive, default=5, help="training epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, split and order (default: %(default)s)")
     parser.add_argument(
         "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"

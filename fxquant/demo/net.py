@@ -38,13 +38,13 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = ConvBlock(1, 16)
-        self.residual = Residual(16)
-        self.left = ConvBlock(16, 16, kernel=1)
-        self.right = ConvBlock(16, 16)
+        self.stem = ConvBlock(1, 32)
+        self.residual = Residual(32)
+        self.left = ConvBlock(32, 32, kernel=1)
+        self.right = ConvBlock(32, 32)
         self.pool = nn.MaxPool2d(2)
-        self.head = ConvBlock(32, 64)
-        self.classifier = nn.Linear(64, 10)
+        self.head = ConvBlock(64, 128)
+        self.classifier = nn.Linear(128, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of shape (N, 10)."""

@@ -25,20 +25,20 @@ from fxquant.parity import ParityReport, check_parity
 CALIBRATION_BATCHES = 8
 PARITY_BATCHES = 4
 TIMED_RUNS = 200
+TIMED_BATCHES = (1, 32)
 ONE_THREAD = RuntimeOptions(threads=1)
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found: accuracies on the held-back digits, sizes in bytes, median latencies in seconds."""
+    """What the demo found: accuracies on held-back digits, sizes in bytes, int8 over float latency by batch size."""
 
     float_accuracy: float
     simulated_accuracy: float
     int8_accuracy: float
     float_bytes: int
     int8_bytes: int
-    float_seconds: float
-    int8_seconds: float
+    latency_ratios: dict[int, float]
     parity: ParityReport
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,8 @@ def _quantize(program: Program, digits: Digits, config: str, dumps: Path) -> Non
 def _measure(net: torch.nn.Module, program: Program, digits: Digits, folder: Path) -> DemoResult:
     float_path, int8_path = folder / "float.onnx", folder / "model.onnx"
     report = check_parity(program, int8_path, batches_of(digits.test_images)[:PARITY_BATCHES], options=ONE_THREAD)
-    float_seconds, int8_seconds = _latencies(float_path, int8_path, digits.test_images[:1].numpy())
+    images = digits.test_images.numpy()
+    ratios = {size: _latency_ratio(float_path, int8_path, images[:size]) for size in TIMED_BATCHES}
     with torch.no_grad():
         float_logits, simulated_logits = net(digits.test_images), program.module(digits.test_images)
     return DemoResult(
@@ -84,8 +85,7 @@ def _measure(net: torch.nn.Module, program: Program, digits: Digits, folder: Pat
         int8_accuracy=_accuracy(_run_onnx(int8_path, digits.test_images), digits.test_labels),
         float_bytes=float_path.stat().st_size,
         int8_bytes=int8_path.stat().st_size,
-        float_seconds=float_seconds,
-        int8_seconds=int8_seconds,
+        latency_ratios=ratios,
         parity=report,
     )
 
@@ -99,13 +99,13 @@ def _run_onnx(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(outputs["output"])
 
 
-def _latencies(float_path: Path, int8_path: Path, image: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Median seconds of one image through each model, the runs taken in turn."""
+def _latency_ratio(float_path: Path, int8_path: Path, images: np.ndarray[Any, Any]) -> float:
+    """Median time of the int8 model over that of the float model, the runs taken in turn."""
     sessions = [open_session(path, ONE_THREAD) for path in (float_path, int8_path)]
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(TIMED_RUNS):
         for session, taken in zip(sessions, seconds, strict=True):
             start = time.perf_counter()
-            session.run({"x": image})
+            session.run({"x": images})
             taken.append(time.perf_counter() - start)
-    return float(np.median(seconds[0])), float(np.median(seconds[1]))
+    return float(np.median(seconds[1]) / np.median(seconds[0]))
