@@ -15,6 +15,7 @@ from fxquant.capture.functional import make_functional
 from fxquant.capture.guards import guard_notes
 from fxquant.capture.inline import inline_regions
 from fxquant.capture.inputs import Example, as_example
+from fxquant.capture.mode_scan import may_depend_on_mode
 from fxquant.capture.modes import MAX_NODES, mode_notes, skipped_note, train_override_notes
 from fxquant.capture.naming import SizeNames, rebuild
 from fxquant.capture.normal_form import detach_notes, normalize
@@ -110,6 +111,8 @@ def _cloned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _lost_in_eval(twin: nn.Module, example: Example, exported: Exported) -> list[Note]:
     notes = train_override_notes(twin)
+    if not may_depend_on_mode(twin):
+        return notes
     nodes = len(exported.program.graph.nodes)
     if nodes > MAX_NODES:
         return [*notes, skipped_note(nodes)]

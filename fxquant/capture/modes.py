@@ -96,7 +96,7 @@ def _operations(program: ExportedProgram, model: nn.Module) -> dict[str, Counter
         name = _name(node)
         if name in _IGNORED or name == "batch_norm" and _is_norm_module(model, path):
             continue
-        found[path][name + _mode_argument(node, name)] += 1
+        found[path][name + (_mode_argument(node, name) or _numbers(node))] += 1
     return found
 
 
@@ -115,6 +115,12 @@ def _mode_argument(node: fx.Node, name: str) -> str:
             value = node.args[index] if index < len(node.args) else node.kwargs.get(wanted, argument.default_value)
             return f"({wanted}={value})"
     return ""
+
+
+def _numbers(node: fx.Node) -> str:
+    """The real numbers among the arguments: a scale that only train mode applies changes no operation's name."""
+    found = [str(value) for value in (*node.args, *node.kwargs.values()) if isinstance(value, float)]
+    return f"({', '.join(found)})" if found else ""
 
 
 def _is_norm_module(model: nn.Module, path: str) -> bool:
