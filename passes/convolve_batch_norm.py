@@ -39,11 +39,11 @@ class ConvolveBatchNorm(Pass):
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every batch norm."""
         norms = [node for node in program.graph.nodes if is_batch_norm(program, node)]
-        calls = Counter(id(program.submodule(node)) for node in norms if node.op == "call_module")
-        paths = Counter(id(module) for _, module in program.module.named_modules(remove_duplicate=False))
+        uses = Counter(id(program.submodule(node)) for node in norms if node.op == "call_module")
+        uses.update(id(module) for _, module in program.module.named_modules(remove_duplicate=False))
         for node in norms:
             affine = _affine_or_obstacle(program, node)
-            if isinstance(affine, Affine) and calls[id(program.submodule(node))] + paths[id(program.submodule(node))] > 2:
+            if isinstance(affine, Affine) and uses[id(program.submodule(node))] > 2:  # one call and one name
                 affine = "its module is called twice, or has two names"
             if isinstance(affine, str):
                 rewriter.miss(node, f"{node.name} stays a batch norm: {affine}")

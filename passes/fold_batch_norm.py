@@ -15,8 +15,10 @@ from fxquant.graph.program import Program, Stage, describe, value_type
 from fxquant.graph.rewriter import Rewriter
 
 from .channelwise import Affine, fold_before, fold_behind
-from .layers import Layer, as_layer, layer_ahead, user_list
+from .layers import RESHAPES, Layer, as_layer, layer_ahead, user_list
 from .norms import BatchNorm, affine_of, batch_norm_owner, is_batch_norm, is_training
+
+_SHAPE_READERS = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default, torch.ops.aten.expand_as.default)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class FoldBatchNorm(Pass):
     """Fold each batch norm into the layer before it, else into the layer behind it.
 
     1. Behind a convolution of any rank, grouped or transposed, with or without a bias.
-    2. Behind a linear of rank 2.
+    2. Behind a linear of rank 2, or of any rank whose tokens were flattened to [rows, features] for the batch norm.
     3. Before a convolution that does not pad (or any, where the batch norm does not shift), or a linear of rank 2.
        Poolings and a flattening may stand between: they commute with a * x + d (max pooling where a >= 0).
     4. Alike for affine=False, and for a batch norm that freeze-batch-norm made a function.
@@ -74,11 +76,13 @@ class _Folder:
     def fold_backward(self, norm: fx.Node, affine: Affine) -> str | None:
         """Cases 1 and 2; the reason if it cannot be done."""
         source = _source(norm)
-        layer = as_layer(source)
+        made = _before_flattening(source)
+        layer = as_layer(made)
         if layer is None:
             return f"{source.name} before it is no convolution or linear"
-        if len(source.users) != 1:
-            return user_list(source)
+        for value in (made, source):
+            if sum(1 for user in value.users if not _reads_shape_alone(user, value)) != 1:
+                return user_list(value)
         if not layer.has_channels_on_axis_1(source):
             return f"{source.name} does not have its channels on axis 1 of {value_type(source)}"
         return self._fold(norm, layer, affine, forward=False)
@@ -135,6 +139,20 @@ class _Folder:
 def _source(norm: fx.Node) -> fx.Node:
     assert isinstance(norm.args[0], fx.Node)
     return norm.args[0]
+
+
+def _before_flattening(value: fx.Node) -> fx.Node:
+    """Case 2: the linear's output of which `value` is all rows, its last axis kept; else `value` itself."""
+    source = value.args[0] if value.target in RESHAPES else None
+    if not isinstance(source, fx.Node) or source.target is not torch.ops.aten.linear.default:
+        return value
+    before, behind = value_type(source), value_type(value)
+    keeps_rows = before is not None and behind is not None and before.shape[-1:] == behind.shape[1:]
+    return source if keeps_rows else value
+
+
+def _reads_shape_alone(user: fx.Node, value: fx.Node) -> bool:
+    return user.target in _SHAPE_READERS and user.args[0] is not value
 
 
 def _require_eval(program: Program, norm: fx.Node) -> None:

@@ -19,7 +19,7 @@ CONVOLUTIONS = (aten.convolution.default, PADDED_CONVOLUTION)
 _MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _AVG_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 _ADAPTIVE_POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
-_RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
+RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _carry(node: fx.Node, user: fx.Node, affine: Affine) -> Affine | str:
         spatial = user.target is aten.mean.dim and args[1] and all(axis % len(before.shape) > 1 for axis in args[1])
         if spatial or user.target in _ADAPTIVE_POOLS:
             return affine
-        if user.target in _RESHAPES:
+        if user.target in RESHAPES:
             return _flatten(node, user, affine)
     return f"{user.name} behind it is no convolution, linear, pooling or flattening"
 

@@ -50,7 +50,8 @@ class RemoveIdentity(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every call, in graph order: what a removal exposes comes later."""
-        calls = Counter(str(node.target) for node in program.graph.nodes if node.op == "call_module")
+        called = [program.submodule(node) for node in program.graph.nodes if node.op == "call_module"]
+        calls = Counter(map(id, called))  # not by path: a block may have two names
         for node in list(program.graph.nodes):
             if node.op == "call_module":
                 self._visit_dropout(program, rewriter, node, calls)
@@ -61,7 +62,7 @@ class RemoveIdentity(Pass):
                 else:
                     rewriter.miss(node, f"{node.name} not removed: {reason}")
 
-    def _visit_dropout(self, program: Program, rewriter: Rewriter, node: fx.Node, calls: Counter[str]) -> None:
+    def _visit_dropout(self, program: Program, rewriter: Rewriter, node: fx.Node, calls: Counter[int]) -> None:
         module = program.submodule(node)
         if not isinstance(module, nn.modules.dropout._DropoutNd):
             return
@@ -70,8 +71,8 @@ class RemoveIdentity(Pass):
             return
         path = str(node.target)
         _remove(rewriter, node)
-        calls[path] -= 1
-        if not calls[path]:
+        calls[id(module)] -= 1
+        if not calls[id(module)]:
             rewriter.remove_module(path)
 
 

@@ -281,9 +281,12 @@ class Rewriter:
         """Remove the submodule at `path`, with its parameters and buffers; nothing may use it any more."""
         self.program.module.get_submodule(path)
         owner_path, _, attribute = path.rpartition(".")
-        delattr(self.program.module.get_submodule(owner_path), attribute)
+        owner = self.program.module.get_submodule(owner_path)
+        aliases = self._paths_of_module(owner)
+        delattr(owner, attribute)
         self._ties = self._paths = None
         self._record("remove", path)
+        self.touched.update(f"{alias}.{attribute}" if alias else attribute for alias in aliases)
 
     def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
         """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator

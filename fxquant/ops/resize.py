@@ -85,8 +85,11 @@ def _exact_factors(node: fx.Node, w: Writer) -> list[float] | None:
     if source is None or target is None or static_shape(shape) is not None:
         return None
     factors = np.array(target, np.float32) / np.array(source, np.float32)
-    made = (factors * np.array(source, np.float32)).astype(np.int64)
-    return [float(factor) for factor in factors] if made.tolist() == list(target) else None
+    for kind in (np.float32, np.float64):  # onnxruntime multiplies in the first, onnx's shape inference in the second
+        made = factors.astype(kind) * np.array(source, kind)
+        if np.floor(made).tolist() != list(target):
+            return None
+    return [float(factor) for factor in factors]
 
 
 def _sizes(node: fx.Node, w: Writer, bound: dict[str, Any]) -> ir.Value:

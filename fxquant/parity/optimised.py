@@ -113,7 +113,7 @@ class _Reading:
         self._types = _element_types(graph)
         self._file_types = _element_types(file.model.graph)
         self._written = _by_fx_name((node, fx_name(node.name)) for node in file.model.graph.node)
-        self._running = _by_fx_name((node, self._owner(node)) for node in graph.node)
+        self._running = _by_fx_name(self._owners())
 
     def fusion(self, level: Level) -> Fusion:
         """See read_fusion."""
@@ -130,6 +130,23 @@ class _Reading:
             return False
         kind = value_type(node)
         return kind is None or kind.is_float
+
+    def _owners(self) -> list[tuple[onnx.NodeProto, str]]:
+        """Each optimised node with its FX node.
+
+        The body of a function that onnxruntime inlines (HardSwish, Mish) has names of its own, and belongs to the value
+        that the QuantizeLinear behind it takes.
+        """
+        pairs: list[tuple[onnx.NodeProto, str]] = []
+        behind: dict[str, str] = {}  # tensor -> the FX node whose value is made of it
+        for node in reversed(self._graph.node):
+            owner = self._owner(node)
+            is_known = owner in self._written
+            made = owner if is_known else next((behind[name] for name in node.output if name in behind), "")
+            if made and (not node.name or not is_known or node.op_type == "QuantizeLinear"):
+                behind.update((name, made) for name in node.input if name not in behind)
+            pairs.append((node, owner if is_known or node.op_type == "Transpose" else made or owner))
+        return pairs[::-1]
 
     def _owner(self, node: onnx.NodeProto) -> str:
         """The FX node that an optimised node computes: by its name, else by that of its output."""

@@ -167,3 +167,25 @@ def test_float_islands_and_partly_integer_nodes_are_told_apart(tmp_path: Path) -
     assert kinds["layer_norm"] is kinds["gelu"] is KernelKind.FLOAT
     assert kinds["matmul"] is kinds["softmax"] is kinds["transpose"] is KernelKind.INTEGER
     assert reason_at(fusion, "gelu") == "onnxruntime has no integer kernel for Gelu"
+
+
+class Inlined(nn.Module):
+    """Activations that onnxruntime has no kernels for: it computes them by the bodies of their functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.hardswish(self.first(x)))
+
+
+@pytest.mark.parametrize("level", [Level.ALL, Level.EXTENDED])
+def test_operation_that_is_inlined_is_a_float_island(tmp_path: Path, level: Level) -> None:
+    torch.manual_seed(0)
+    program = float_program(Inlined(), image())
+    program = quantized(program, ["x", "conv2d", "hardswish", "conv2d_1"], image(8))
+    fusion = fusion_of(program, export(program, tmp_path), RuntimeOptions(level, threads=1))
+    (kernel,) = fusion.unfused
+    assert (kernel.node, kernel.kernels) == ("hardswish", ("HardSigmoid", "Mul"))
+    assert kernel.reason == "onnxruntime has no integer kernel for HardSwish"

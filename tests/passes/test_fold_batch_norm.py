@@ -71,6 +71,29 @@ def test_batch_norm_is_folded_behind_a_layer(case: str) -> None:
     assert difference(program, expected, x) < ROUNDING
 
 
+class Tokens(nn.Module):
+    """LeViT's layer: a linear of tokens, their rows flattened for the batch norm; read once more if asked."""
+
+    def __init__(self, reads_again: bool) -> None:
+        super().__init__()
+        self.fc, self.bn, self.reads_again = nn.Linear(11, 6), nn.BatchNorm1d(6), reads_again
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.fc(x)
+        z = self.bn(y.flatten(0, 1)).reshape_as(y)
+        return z + y if self.reads_again else z
+
+
+def test_batch_norm_of_flattened_tokens_is_folded() -> None:
+    model = randomize(Tokens(reads_again=False))
+    expected, program = output(model, SIGNAL), captured(model, SIGNAL)
+    assert reasons(run_pass(FoldBatchNorm(), program)) == [] and batch_norm_nodes(program) == []
+    assert difference(program, expected, SIGNAL) < ROUNDING
+    program = captured(randomize(Tokens(reads_again=True)), SIGNAL)
+    (reason,) = reasons(run_pass(FoldBatchNorm(), program))
+    assert reason.startswith("bn not folded: fc has ") and batch_norm_nodes(program) == ["bn"]
+
+
 @pytest.mark.parametrize("case", AHEAD)
 def test_batch_norm_is_folded_into_the_layer_behind_it(case: str) -> None:
     layers, x = AHEAD[case]

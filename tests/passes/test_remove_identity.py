@@ -176,6 +176,27 @@ def test_dropout_called_twice_is_removed_whole() -> None:
     assert not dict(program.module.named_children())
 
 
+class NamedTwice(nn.Module):
+    """One block under two names, as CoaT's parallel blocks have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = self.second = DropsTwice()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.second(self.first(x))
+        return found
+
+
+def test_dropout_of_a_block_with_two_names_is_removed_whole() -> None:
+    model = NamedTwice()
+    expected, program = output(model, IMAGE), captured(model, IMAGE)
+    run_pass(RemoveIdentity(), program)
+    assert [node.op for node in program.graph.nodes if node.op == "call_module"] == []
+    assert not [path for path, _ in program.module.named_modules(remove_duplicate=False) if path.endswith("drop")]
+    assert difference(program, expected, IMAGE) == 0.0
+
+
 def test_removing_twice_is_removing_once() -> None:
     program = captured(Chain(a=Around(IDENTITIES["several"]), b=nn.Dropout(0.5)), IMAGE)
     first, second = run_pass(RemoveIdentity(), program), run_pass(RemoveIdentity(), program)
