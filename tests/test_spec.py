@@ -70,6 +70,7 @@ def test_grid_obeys_a_cap(high: float) -> None:
 
 def test_grid_of_a_constant_zero_is_exact_and_a_tiny_range_keeps_a_normal_scale() -> None:
     assert grid(0.0, 0.0, U8) == (1.0, 0)
+    assert grid(0.0, 0.0, S8) == (SMALLEST_SCALE, 0)
     assert grid(0.0, 1e-40, U8)[0] == SMALLEST_SCALE
 
 

@@ -275,18 +275,29 @@ class Rewriter:
         if self._ties is not None:
             for name, tensor in (*module.named_parameters(path), *module.named_buffers(path)):
                 self._ties.setdefault(id(tensor), []).append((tensor, name))
+        if self._paths is not None:
+            for name, found in module.named_modules(remove_duplicate=False):
+                self._paths.setdefault(id(found), []).append(f"{path}.{name}" if name else path)
         self._record("add", path, type(module).__name__)
 
     def remove_module(self, path: str) -> None:
         """Remove the submodule at `path`, with its parameters and buffers; nothing may use it any more."""
-        self.program.module.get_submodule(path)
+        removed = self.program.module.get_submodule(path)
         owner_path, _, attribute = path.rpartition(".")
         owner = self.program.module.get_submodule(owner_path)
-        aliases = self._paths_of_module(owner)
+        gone = [f"{alias}.{attribute}" if alias else attribute for alias in self._paths_of_module(owner)]
         delattr(owner, attribute)
-        self._ties = self._paths = None
+        self._forget(removed, gone)
         self._record("remove", path)
-        self.touched.update(f"{alias}.{attribute}" if alias else attribute for alias in aliases)
+        self.touched.update(gone)
+
+    def _forget(self, removed: torch.nn.Module, gone: list[str]) -> None:
+        """Strike the names under which `removed`, and all below it, stood; rebuilding both lists costs too much."""
+        for name, module in removed.named_modules(remove_duplicate=False):
+            _strike(self._paths, module, {f"{path}.{name}" if name else path for path in gone})
+        tensors = (*removed.named_parameters(remove_duplicate=False), *removed.named_buffers(remove_duplicate=False))
+        for name, tensor in tensors:
+            _strike(self._ties, tensor, {(tensor, f"{path}.{name}") for path in gone})
 
     def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
         """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator
@@ -351,3 +362,12 @@ class Rewriter:
     def fake_quant_path(value: str) -> str:
         """Where the FakeQuant of the value called `value` lives."""
         return f"{FAKE_QUANTS}.{value}"
+
+
+def _strike(lists: dict[int, list[Any]] | None, key: object, gone: set[Any]) -> None:
+    """Take out of `key`'s list what is gone; an empty list goes too, as the id may be another object's soon."""
+    if lists is None or id(key) not in lists:
+        return
+    lists[id(key)] = [item for item in lists[id(key)] if item not in gone]
+    if not lists[id(key)]:
+        del lists[id(key)]

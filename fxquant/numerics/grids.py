@@ -14,7 +14,9 @@ from fxquant.errors import SpecError
 from fxquant.spec import QuantSpec
 
 SMALLEST_SCALE = 2.0**-60  # the product of two such scales is still a normal float32
-CONSTANT_ZERO_SCALE = 1.0  # a tensor that is 0 everywhere is exact at any scale
+# A tensor that is 0 everywhere is exact at any scale. A weight's (symmetric) is the smallest, then raised to what its
+# bias needs: at 1.0 the bias of a channel without weights would be rounded to steps of the input's scale.
+CONSTANT_ZERO_SCALE = 1.0
 
 
 def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,13 +24,13 @@ def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tu
     low64, high64 = _within_limits(low.double(), high.double(), spec)
     zero_point = fixed_zero_point(spec)
     if zero_point is None:
-        scale = _positive((high64 - low64) / spec.steps)
+        scale = _positive((high64 - low64) / spec.steps, CONSTANT_ZERO_SCALE)
         found = torch.clamp(torch.round(spec.qmin - low64 / scale.double()), spec.qmin, spec.qmax).to(torch.int64)
         return scale, found
     below, above = zero_point - spec.qmin, spec.qmax - zero_point
     need_below = -low64 / below if below else torch.zeros_like(low64)
     need_above = high64 / above if above else torch.zeros_like(high64)
-    scale = _positive(torch.maximum(need_below, need_above))
+    scale = _positive(torch.maximum(need_below, need_above), SMALLEST_SCALE if spec.symmetric else CONSTANT_ZERO_SCALE)
     return scale, torch.full_like(scale, zero_point, dtype=torch.int64)
 
 
@@ -53,6 +55,6 @@ def _within_limits(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tu
     return low.clamp(max=0.0), high.clamp(min=0.0)
 
 
-def _positive(scale: torch.Tensor) -> torch.Tensor:
+def _positive(scale: torch.Tensor, instead_of_zero: float) -> torch.Tensor:
     floored = scale.clamp(min=SMALLEST_SCALE)
-    return torch.where(scale == 0, torch.full_like(scale, CONSTANT_ZERO_SCALE), floored).to(torch.float32)
+    return torch.where(scale == 0, torch.full_like(scale, instead_of_zero), floored).to(torch.float32)

@@ -82,6 +82,20 @@ def test_bias_that_would_overflow_raises_its_channels_weight_scale_and_is_report
     assert [note.place for note in notes] == ["conv1.bias"] and "1 of 8 channels" in notes[0].text
 
 
+def test_bias_of_a_channel_without_weights_stays_exact() -> None:
+    model = residual()
+    with torch.no_grad():
+        model.conv1.weight[3] = 0.0
+        model.conv1.bias[3] = 0.7321
+    program = before(QuantizeBias, model, IMAGE)
+    run_pass(QuantizeBias(), program)
+    calibrate(program, [IMAGE])
+    node, module = next(program.bias_nodes())
+    bias = program.module.get_parameter("conv1.bias").detach()
+    assert node.name == "conv1_bias_fq"
+    assert abs(float(module.codes(bias)[3] * module.scale[3]) - 0.7321) < 1e-6
+
+
 def test_float_outputs_are_kept_before_calibration_and_twice_is_once() -> None:
     model = residual()
     program = before(QuantizeBias, model, IMAGE)
