@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 
 import torch
 from torch import fx
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, FxquantError
 from fxquant.graph.batches import Batch, as_arguments, placeholder_values
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
@@ -31,6 +31,9 @@ def calibrate(
     Raises CalibrationError: wrong stage, no batches, NaN or Inf (which value, which batch), values without a range.
     The program's grids are as before if it raises before the ranges are complete.
     """
+    if isinstance(batches, torch.Tensor):
+        remedy = "Put it in a list: [batch]; a bare tensor would be taken apart along its first axis."
+        raise CalibrationError("calibrate", expected="an iterable of batches", got="a tensor", remedy=remedy)
     if program.stage not in (Stage.INSERTED, Stage.CALIBRATED):
         remedy = (
             "Run the pipeline's prepare passes first."
@@ -101,12 +104,22 @@ def _observe(
         for batch in track(batches, "calibrating", total=total, show=progress and sys.stderr.isatty()):
             if max_batches is not None and count >= max_batches:
                 break
-            placeholder_values(program, batch)  # a batch that does not fit is refused by name before it runs
+            _require_fit(program, batch, count)
             args, kwargs = as_arguments(batch)
             program.module(*args, **kwargs)
             _require_finite(owners, count)
             count += 1
     return count
+
+
+def _require_fit(program: Program, batch: Batch, index: int) -> None:
+    """A batch that does not fit is refused by name before it runs."""
+    try:
+        placeholder_values(program, batch)
+    except FxquantError as err:
+        raise CalibrationError(
+            f"calibrate: batch {index}: {err.thing}", expected=err.expected, got=err.got, remedy=err.remedy
+        ) from err
 
 
 def _require_finite(owners: list[tuple[fx.Node, FakeQuant]], batch: int) -> None:
@@ -175,19 +188,44 @@ def _name(value: fx.Node) -> str:
 
 
 def require_finite_parameters(program: Program) -> None:
-    """No NaN or Inf in the weights and biases that are to be quantized."""
+    """No NaN in what the graph reads, no Inf in what is quantized, no negative variance; each is refused by name.
+
+    Inf elsewhere is no error: masks are made of it.
+    """
     constants = Constants(program)
     quantized = [_source(node) for node, module in program.fake_quant_nodes() if module.follows]
     for value in (*quantized, *(_source(node) for node, _ in program.bias_nodes())):
-        count = int((~torch.isfinite(constants.tensor(value))).sum())
-        if count:
-            raise CalibrationError(
-                f"calibrate: parameter '{_name(value)}' is not finite",
-                place=describe(value),
-                expected="finite numbers",
-                got=f"{count} NaN or Inf",
-                remedy="Mend the checkpoint, or leave the layer in float by a placement rule.",
-            )
+        _require(constants.tensor(value), torch.isfinite, _name(value), describe(value), "NaN or Inf")
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            _require(program.tensor(node), _is_number, _name(node), describe(node), "NaN")
+        elif node.op == "call_module" and program.fake_quant(node) is None:
+            for name, tensor in program.submodule(node).state_dict().items():
+                _require(tensor, torch.isfinite, f"{node.target}.{name}", describe(node), "NaN or Inf")
+                if name == "running_var":
+                    _require(tensor, _is_not_negative, f"{node.target}.{name}", describe(node), "negative numbers")
+
+
+def _require(
+    tensor: torch.Tensor, is_right: Callable[[torch.Tensor], torch.Tensor], name: str, place: str, wrong: str
+) -> None:
+    count = int((~is_right(tensor)).sum()) if tensor.is_floating_point() else 0
+    if count:
+        raise CalibrationError(
+            f"calibrate: parameter or buffer '{name}'",
+            place=place,
+            expected=f"no {wrong}",
+            got=f"{count} of {tensor.numel()}",
+            remedy="Mend the checkpoint, or leave the layer in float by a placement rule.",
+        )
+
+
+def _is_number(tensor: torch.Tensor) -> torch.Tensor:
+    return ~torch.isnan(tensor)
+
+
+def _is_not_negative(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor >= 0
 
 
 def settle_biases(program: Program) -> None:

@@ -30,7 +30,8 @@ class InsertFakeQuant(Pass):
        FakeQuant each, whose grid follows the weight.
     4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
 
-    Refuses, by name, an activation wanted with two specs where the target merges such pairs. Contract: QUANTIZES.
+    Refuses, by name, an activation wanted with two specs where the target merges such pairs, and an activation wanted per
+    channel, for which no runtime has integer kernels. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
@@ -48,6 +49,8 @@ class InsertFakeQuant(Pass):
             if len(wanted) > 1 and not constants.is_constant(value) and program.target.merges_activation_specs:
                 raise _two_specs(value, wanted)
             for number, spec in enumerate(wanted):
+                if spec.granularity.axis is not None and not constants.is_constant(value):
+                    raise _per_channel(value, spec)
                 self._insert(rewriter, value, spec, number, constants.is_constant(value))
 
     def _insert(self, rewriter: Rewriter, value: fx.Node, spec: QuantSpec, number: int, follows: bool) -> None:
@@ -112,4 +115,14 @@ def _two_specs(value: fx.Node, wanted: dict[QuantSpec, list[str]]) -> PassError:
         expected="one spec: onnxruntime merges two quantizers on one activation",
         got=wishes,
         remedy="Make the placement rules of its consumers agree, or leave one of them in float.",
+    )
+
+
+def _per_channel(value: fx.Node, spec: QuantSpec) -> PassError:
+    return PassError(
+        f"insert-fake-quant: activation '{value.name}' is wanted {spec.granularity}",
+        place=describe(value),
+        expected="one scale for an activation",
+        got=str(spec),
+        remedy="Leave 'granularity' out of the activation's spec; weights may have it.",
     )

@@ -87,8 +87,43 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     program = prepared(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4))
     with torch.no_grad():
         program.module.get_parameter("0.weight")[1, 2] = bad
-    with pytest.raises(CalibrationError, match=r"parameter '0\.weight' is not finite.*1 NaN or Inf"):
+    with pytest.raises(CalibrationError, match=r"'0\.weight' .*no NaN or Inf; got 1 of 16"):
         fxquant.calibrate(program, [torch.randn(2, 4)])
+
+
+def spoiled(name: str, value: float) -> Program:
+    """A net with a layer norm and a batch norm that stays, one of its numbers replaced."""
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.LayerNorm(8))
+    program = prepared(model)
+    owner, _, attribute = name.rpartition(".")
+    with torch.no_grad():
+        getattr(program.module.get_submodule(owner), attribute)[0] = value
+    return program
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("3.weight", math.nan),
+        ("3.bias", math.nan),
+        ("0.weight", math.inf),
+        ("0.running_var", math.nan),
+        ("0.running_var", -1.0),
+    ],
+)
+def test_broken_float_parameters_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(CalibrationError, match=f"'{name}'"):
+        fxquant.calibrate(spoiled(name, value), [IMAGE])
+
+
+def test_bare_tensor_is_refused_as_batches() -> None:
+    with pytest.raises(CalibrationError, match=r"Put it in a list: \[batch\]"):
+        fxquant.calibrate(prepared(), IMAGE)
+
+
+def test_labels_in_a_batch_are_refused_with_batch_and_remedy() -> None:
+    with pytest.raises(CalibrationError, match=r"batch 1: .*leave labels out"):
+        fxquant.calibrate(prepared(), [IMAGE, (IMAGE, torch.zeros(2))])
 
 
 def test_wrong_stage_is_refused_with_the_remedy() -> None:

@@ -95,6 +95,7 @@ def test_rounding_divides_and_rounds_half_to_even() -> None:
     ties = (torch.arange(200) + 0.5) * scale
     by_division = torch.round(ties / scale)
     assert torch.equal(quantize(ties, scale, torch.tensor(0), 0, 255).float(), by_division)
+    assert torch.equal(fake_quantize(ties, scale, torch.tensor(0), 0, 255), by_division * scale)
     assert not torch.equal(torch.round(ties * (1 / scale)), by_division)  # the fault that torch's own fake quantize has
 
 

@@ -26,7 +26,10 @@ def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     raise FxquantError(
-        "batch", expected="a tensor, a tuple or list of tensors, or a dict of keywords", got=type(batch).__name__
+        "batch",
+        expected="a tensor, a tuple or list of tensors, or a dict of keywords",
+        got=type(batch).__name__,
+        remedy="Convert it to a tensor first.",
     )
 
 
@@ -40,11 +43,13 @@ def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as err:
-        raise FxquantError("batch", expected=f"arguments {signature}", got=str(err)) from err
+        remedy = "A batch is the model's arguments and nothing else: leave labels out, as in (x for x, _ in loader)."
+        raise FxquantError("batch", expected=f"arguments {signature}", got=str(err), remedy=remedy) from err
     leaves = _flatten(program, list(bound.arguments.values()))
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     if len(leaves) != len(placeholders):
-        raise FxquantError("batch", expected=f"{len(placeholders)} values", got=f"{len(leaves)}")
+        remedy = "Give what the example inputs held, nested in the same way."
+        raise FxquantError("batch", expected=f"{len(placeholders)} values", got=f"{len(leaves)}", remedy=remedy)
     for node, leaf in zip(placeholders, leaves, strict=True):
         _check(node, leaf)
     return {node.name: leaf for node, leaf in zip(placeholders, leaves, strict=True)}
@@ -69,9 +74,13 @@ def _check(node: fx.Node, leaf: Any) -> None:
         return
     if leaf.dtype != expected.dtype or leaf.ndim != len(expected.shape):
         got = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        raise FxquantError(f"batch: input '{node.name}'", expected=str(expected), got=got)
+        raise _misfit(node, str(expected), got)
     fixed = [(axis, size) for axis, size in enumerate(expected.shape) if isinstance(size, int)]
     wrong = [axis for axis, size in fixed if leaf.shape[axis] != size]
     if wrong:
-        got = f"{list(leaf.shape)} (axis {wrong[0]})"
-        raise FxquantError(f"batch: input '{node.name}'", expected=str(expected), got=got)
+        raise _misfit(node, str(expected), f"{list(leaf.shape)} (axis {wrong[0]})")
+
+
+def _misfit(node: fx.Node, expected: str, got: str) -> FxquantError:
+    remedy = "Convert or reshape the batch, or capture the model with an example like it."
+    return FxquantError(f"batch: input '{node.name}'", expected=expected, got=got, remedy=remedy)

@@ -201,6 +201,7 @@ class _Comparison:
     def _compare_with_real(self, feed: Mapping[str, Array], found: Mapping[str, Array]) -> None:
         """The file must answer as its copy with exposed codes does, else the codes are not those that really run."""
         real = self._real.run(feed)
+        _require_numbers(real, self._batches)
         same = all(compare_values(found[name], real[name], 0).differing == 0 for name in real)
         self._probe_differs = self._probe_differs or not same
 
@@ -279,6 +280,19 @@ def _inputs_of(program: Program, batch: Batch, index: int) -> dict[str, Any]:
             )
     device = tensors[0].device if tensors else torch.device("cpu")
     return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+
+
+def _require_numbers(outputs: Mapping[str, Array], batch: int) -> None:
+    """NaN equals NaN, so that a broken model would be called exact."""
+    for name, value in outputs.items():
+        count = int(np.isnan(value).sum()) if np.issubdtype(value.dtype, np.floating) else 0
+        if count:
+            raise ParityError(
+                f"batch {batch}: onnxruntime's output '{name}'",
+                expected="no NaN",
+                got=f"{count} NaN of {value.size} values",
+                remedy="Look for NaN among the model's parameters and buffers; there is nothing to compare.",
+            )
 
 
 def _as_array(value: Any) -> Array:

@@ -12,7 +12,7 @@ from fxquant.graph.program import Stage
 from fxquant.numerics.fake_quant import Mode
 from fxquant.passes import AssignSpecs, InsertFakeQuant, SelectPerChannel
 from fxquant.placement import Rule
-from fxquant.spec import QuantSpec, Target
+from fxquant.spec import Granularity, QuantSpec, Target
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import captured, difference, output
 from tests.passes.pipelines import IMAGE, before, residual
@@ -83,6 +83,13 @@ def test_activation_wanted_with_two_specs_gets_two_fake_quants_on_other_targets(
     PassManager([AssignSpecs(rules=(Rule(node="b", activation=QuantSpec(bits=4)),))]).run(program)
     run_pass(InsertFakeQuant(), program)
     assert program.node("a").args[0] is not program.node("b").args[0]
+
+
+def test_activation_wanted_per_channel_is_refused_by_name() -> None:
+    program = captured(residual(), IMAGE)
+    PassManager([AssignSpecs(activation=QuantSpec(granularity=Granularity(1)))]).run(program)
+    with pytest.raises(PassError, match=r"activation 'x' is wanted per-channel\(1\)"):
+        run_pass(InsertFakeQuant(), program)
 
 
 def test_observing_program_keeps_the_float_outputs() -> None:
