@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import fx
 
 from fxquant.errors import PassError
@@ -31,7 +32,7 @@ class InsertFakeQuant(Pass):
     4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
 
     Refuses, by name, an activation wanted with two specs where the target merges such pairs, and an activation wanted per
-    channel, for which no runtime has integer kernels. Contract: QUANTIZES.
+    channel, for which no runtime has integer kernels; and values that are not float32. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
@@ -48,6 +49,8 @@ class InsertFakeQuant(Pass):
                 continue
             if len(wanted) > 1 and not constants.is_constant(value) and program.target.merges_activation_specs:
                 raise _two_specs(value, wanted)
+            if (kind := value_type(value)) is None or kind.dtype is not torch.float32:
+                raise _not_float32(value)
             for number, spec in enumerate(wanted):
                 if spec.granularity.axis is not None and not constants.is_constant(value):
                     raise _per_channel(value, spec)
@@ -125,4 +128,14 @@ def _per_channel(value: fx.Node, spec: QuantSpec) -> PassError:
         expected="one scale for an activation",
         got=str(spec),
         remedy="Leave 'granularity' out of the activation's spec; weights may have it.",
+    )
+
+
+def _not_float32(value: fx.Node) -> PassError:
+    return PassError(
+        f"insert-fake-quant: value '{value.name}' cannot be quantized",
+        place=describe(value),
+        expected="float32, in which all grids are",
+        got=str(value_type(value)),
+        remedy="Capture the model in float32 (model.float()), or leave the value in float by a placement rule.",
     )

@@ -92,6 +92,13 @@ def test_activation_wanted_per_channel_is_refused_by_name() -> None:
         run_pass(InsertFakeQuant(), program)
 
 
+def test_value_that_is_not_float32_is_refused_by_name() -> None:
+    program = captured(residual().double(), IMAGE.double())
+    PassManager([AssignSpecs()]).run(program)
+    with pytest.raises(PassError, match=r"value 'x' cannot be quantized.*float64"):
+        run_pass(InsertFakeQuant(), program)
+
+
 def test_observing_program_keeps_the_float_outputs() -> None:
     model = residual()
     program = before(InsertFakeQuant, model, IMAGE)
