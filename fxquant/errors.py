@@ -81,7 +81,7 @@ class ParityError(FxquantError):
 
 
 class StorageError(FxquantError):
-    """A program file cannot be written or read."""
+    """A file cannot be written or read."""
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
+from fxquant.files import make_folder, together
 from fxquant.graph.batches import Batch
 from fxquant.graph.manager import PassManager
 from fxquant.graph.module import ProgramModule
@@ -70,14 +71,27 @@ class QuantSim:
 
     def export(self, folder: str | os.PathLike[str], prefix: str = "model", *, opset: int = 21) -> Path:
         """Write `<prefix>.onnx` and `<prefix>.fxq` of a finalized copy into `folder`; returns the ONNX file's path."""
-        target = Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        twin = self.snapshot()
-        path = target / f"{prefix}.onnx"
-        export_onnx(twin, path, opset=opset)
-        twin.save(target / f"{prefix}.fxq")
-        return path
+        make_folder(Path(folder))
+        return write_pair(self.snapshot(), Path(folder), prefix, opset=opset)
 
     def check_parity(self, path: str | os.PathLike[str], batches: Iterable[Batch]) -> ParityReport:
         """Compare a finalized copy with the ONNX file that `export` wrote."""
         return check_parity(self.snapshot(), path, batches)
+
+
+def pair_names(prefix: str) -> tuple[str, str]:
+    """Names of the ONNX file and of the program file that belong together."""
+    return f"{prefix}.onnx", f"{prefix}.fxq"
+
+
+def write_pair(program: Program, folder: Path, prefix: str = "model", *, opset: int = 21) -> Path:
+    """Write a program as `<prefix>.onnx` and `<prefix>.fxq` into `folder`, both or neither; returns the former's path.
+
+    Raises ExportError or StorageError; the pair that was there before is then as it was.
+    """
+    onnx_name, program_name = pair_names(prefix)
+    make_folder(folder, (onnx_name, program_name))
+    with together():
+        export_onnx(program, folder / onnx_name, opset=opset)
+        program.save(folder / program_name)
+    return folder / onnx_name

@@ -16,6 +16,7 @@ from fxquant.ops.table import TABLE
 from fxquant.placement import Decision, Rule, check_rules, decide
 from fxquant.spec import QuantSpec
 
+from .masks import mask_islands
 from .values import (
     INTEGER_ROLES,
     arg_slot,
@@ -28,9 +29,6 @@ from .values import (
     weight_slot,
 )
 
-MASK_REASON = "mask before softmax"
-SOFTMAXES = ("softmax", "safe_softmax", "log_softmax")
-
 
 @dataclass(frozen=True)
 class AssignSpecs(Pass):
@@ -38,8 +36,10 @@ class AssignSpecs(Pass):
 
     1. Operations with an integer kernel want their float inputs, their weight and their output quantized.
     2. An operation with a fixed output range (sigmoid, softmax) limits its output's grid to that range.
-    3. What is added to scores between the last matmul and a softmax (a mask, a position bias) stays in float together
-       with the softmax: a mask holds -inf or finfo.min, from which no range can be read.
+    3. Every element-wise operation between the product or layer that makes scores and a softmax (also a hand-written
+       one) stays in float together with the softmax where a second tensor comes in (a mask, a position bias), and so
+       does the mask's own arithmetic: a mask holds -1e9 or -inf, from which no range can be read. The scores are
+       quantized before the mask. Python numbers alone (a scale) are no mask. See passes/masks.py.
     4. A relu or clip takes over the spec of the value that it reads.
     5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
 
@@ -64,7 +64,7 @@ class AssignSpecs(Pass):
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Annotate the compute first, then what lies between it."""
         check_rules(self.rules, program, TABLE)
-        masked, constants = _mask_islands(program), Constants(program)
+        masked, constants = mask_islands(program), Constants(program)
         for node in program.graph.nodes:
             if node.op not in ("call_function", "call_module"):
                 continue
@@ -74,8 +74,8 @@ class AssignSpecs(Pass):
                 continue
             self._assign(rewriter, node, definition, masked, constants)
         _limit_outputs(program, rewriter)
-        _spread_forward(program, rewriter)
-        _spread_backward(program, rewriter)
+        _spread_forward(program, rewriter, masked)
+        _spread_backward(program, rewriter, masked)
 
     def _assign(
         self, rewriter: Rewriter, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str], constants: Constants
@@ -110,39 +110,6 @@ def _want_inputs(
             rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
 
 
-def _mask_islands(program: Program) -> dict[fx.Node, str]:
-    """Case 3: the nodes between a masked softmax and the scores, and the softmax itself, each with the reason."""
-    found: dict[fx.Node, str] = {}
-    for node in program.graph.nodes:
-        definition = definition_of(program, node)
-        if definition is None or definition.name not in ("softmax", "log_softmax", "safe_softmax"):
-            continue
-        chain = _additions_above(program, node)
-        if chain:
-            found.update(dict.fromkeys([*chain, node], MASK_REASON))
-    return found
-
-
-def _additions_above(program: Program, softmax: fx.Node) -> list[fx.Node]:
-    chain: list[fx.Node] = []
-    pending = [softmax.args[0]]
-    while pending:
-        node = pending.pop()
-        if not isinstance(node, fx.Node):
-            continue
-        definition = definition_of(program, node)
-        if definition is None:
-            continue
-        if definition.name in ("add", "where", "masked_fill"):
-            chain.append(node)
-            pending.extend(
-                source for source in node.all_input_nodes if is_float_value(source) and not is_parameter(source)
-            )
-        elif definition.role_for(node) is Role.GRID_PRESERVING:
-            pending.append(node.args[0] if isinstance(node.args[0], fx.Node) else None)
-    return chain
-
-
 def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
     """Case 2: what is wanted of a value obeys the range that its operation fixes, whoever wants it."""
     for node in program.graph.nodes:
@@ -152,11 +119,11 @@ def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
                 set_value_spec(rewriter, node, spec, spec.limited(definition.output_range))
 
 
-def _spread_forward(program: Program, rewriter: Rewriter) -> None:
+def _spread_forward(program: Program, rewriter: Rewriter, masked: dict[fx.Node, str]) -> None:
     """Cases 4 and 5, in graph order: what keeps a quantized value's grid, or is absorbed, is quantized too."""
     for node in program.graph.nodes:
         role = role_of(program, node)
-        if role not in (Role.ACTIVATION, Role.GRID_PRESERVING):
+        if role not in (Role.ACTIVATION, Role.GRID_PRESERVING) or node in masked:
             continue
         source = node.args[0]
         if not isinstance(source, fx.Node) or not is_float_value(source):
@@ -166,10 +133,10 @@ def _spread_forward(program: Program, rewriter: Rewriter) -> None:
             _want_both_sides(program, rewriter, node, spec)
 
 
-def _spread_backward(program: Program, rewriter: Rewriter) -> None:
+def _spread_backward(program: Program, rewriter: Rewriter, masked: dict[fx.Node, str]) -> None:
     """Case 5, in reverse: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
     for node in reversed(list(program.graph.nodes)):
-        if role_of(program, node) is not Role.GRID_PRESERVING or input_spec(node, 0) is not None:
+        if role_of(program, node) is not Role.GRID_PRESERVING or input_spec(node, 0) is not None or node in masked:
             continue
         specs = wanted_specs(node)
         source = node.args[0]

@@ -17,6 +17,8 @@ from fxquant.graph.rewriter import Rewriter
 from fxquant.ops._emit import argument
 from fxquant.ops.attention import attention_scale
 
+from .masks import approaches, split_product
+
 aten = torch.ops.aten
 Shape = tuple[int | str, ...]
 
@@ -44,6 +46,8 @@ class DecomposeAttention(Pass):
     5. Where a mask may hide a whole row, `a_softmax` is torch's `_safe_softmax`, which gives zeros for it; a mask
        that is a buffer is looked at.
     6. enable_gqa repeats the heads of k and v: `a_key_heads`, `a_value_heads`.
+    7. A baddbmm(mask, q, k) in front of a softmax (nn.MultiheadAttention with need_weights, BLOOM) is a product with
+       its mask built in: it becomes `a_scores`, and `a` is the sum with the mask, kept in float. A beta is declined.
 
     Either way the scores are the product itself, so that onnxruntime computes their codes (QLinearMatMul) and,
     unmasked, those of the softmax: a multiplication behind the product would put both in float. Declines, with the
@@ -69,6 +73,11 @@ class DecomposeAttention(Pass):
                     rewriter.miss(node, f"{node.name} not decomposed: {reason}")
                 else:
                     _Attention(program, rewriter, node).decompose(self.fold_scale)
+        sources = [source for approach in approaches(program) for source in approach.sources]
+        for node in dict.fromkeys(source for source in sources if source.target is aten.baddbmm.default):
+            reason = split_product(rewriter, node, MASK_REASON)  # case 7
+            if reason:
+                rewriter.miss(node, f"{node.name} not decomposed: {reason}")
 
 
 def _obstacle(node: fx.Node) -> str:

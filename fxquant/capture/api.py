@@ -26,6 +26,7 @@ from fxquant.graph.module import ProgramModule
 from fxquant.graph.program import Note, Program
 
 _CHECKED_BATCHES = (1, 3)
+_TRACED_BATCH = 2  # what run_export repeats an example of batch 1 to
 
 
 def capture(
@@ -47,7 +48,8 @@ def capture(
 
     Returns:
         A Program at stage CAPTURED, in eval mode, with its own parameters and buffers under the model's names. Its
-        outputs were compared with the model's on the example inputs and, when the batch is dynamic, at batch 1 and 3.
+        outputs were compared with the model's on the example inputs and, when the batch is dynamic, at batch 1 and 3,
+        and at the batch that was traced.
 
     Raises:
         CaptureError: the inputs do not fit, the model cannot be exported, or the program's outputs differ from the
@@ -68,14 +70,15 @@ def capture(
         notes += static_batch_note(exported)
         notes += _lost_in_eval(twin, example, exported)
         module = _to_module(exported.program, twin, state_names, notes)
-        compare(module, references if exported.is_dynamic else references[:1])
+        compare(module, references if exported.is_dynamic else references[:1], exported.batch)
     return Program(module, name=state_names, notes=tuple(dict.fromkeys(notes)))
 
 
 def _other_batches(example: Example, dynamic_batch: bool, dynamic_shapes: Any) -> tuple[int, ...]:
     if not dynamic_batch or dynamic_shapes is not None or not example.batch:
         return ()
-    return tuple(count for count in _CHECKED_BATCHES if count != example.batch)
+    traced = (_TRACED_BATCH,) if example.batch == 1 else ()
+    return (*traced, *(count for count in _CHECKED_BATCHES if count != example.batch))
 
 
 def _capture_exported(program: ExportedProgram, example_inputs: Any, kwargs: Mapping[str, Any] | None) -> Program:
@@ -87,7 +90,7 @@ def _capture_exported(program: ExportedProgram, example_inputs: Any, kwargs: Map
         source = private_copy_of_exported(program)
         references: list[Reference] = reference(source, example, ())
         module = _to_module(program, source, "ExportedProgram", notes)
-        compare(module, references)
+        compare(module, references, example.batch)
     return Program(module, name="model", notes=tuple(dict.fromkeys(notes)))
 
 

@@ -58,12 +58,16 @@ def reference(model: nn.Module, example: Example, batches: tuple[int, ...]) -> l
     return found
 
 
-def compare(module: nn.Module, references: list[Reference]) -> None:
-    """Raise CaptureError unless `module` gives the model's outputs: bit for bit, or within TOLERANCE."""
-    for index, wanted in enumerate(references):
+def compare(module: nn.Module, references: list[Reference], traced: int | None) -> None:
+    """Raise CaptureError unless `module` gives the model's outputs: bit for bit, or within TOLERANCE.
+
+    `traced` is the batch that was exported. The program must hold there; it is compared there first, so that a
+    difference at another batch alone means that the model takes another path.
+    """
+    for wanted in sorted(references, key=lambda found: found.example.batch != traced):
         batch = wanted.example.batch
         remedy = "This is a defect of the capture; report it with the model."
-        if index:
+        if batch != traced:
             remedy = "The model takes another path at that batch size; capture it with dynamic_batch=False."
         try:
             outputs = run(module, wanted.example)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +24,11 @@ from fxquant.graph.program import Note, NoteKind
 
 @dataclass(frozen=True)
 class Exported:
-    """What torch.export gave: the program, and why the model made its batch static ("" when it did not)."""
+    """What torch.export gave: the program, the batch it was traced at (None: the example has none), and why the model
+    made its batch static ("" when it did not)."""
 
     program: ExportedProgram
+    batch: int | None
     static_reason: str = ""
     is_dynamic: bool = True
 
@@ -71,15 +74,15 @@ def run_export(model: nn.Module, example: Example, dynamic_batch: bool, dynamic_
     A batch of 1 is repeated to 2 first, because torch.export makes a constant of a size that is 1.
     """
     if dynamic_shapes is not None:
-        return Exported(_export(model, example, dynamic_shapes))
+        return Exported(_export(model, example, dynamic_shapes), example.batch)
     if not dynamic_batch or not example.batch:
-        return Exported(_export(model, example, None), is_dynamic=False)
+        return Exported(_export(model, example, None), example.batch, is_dynamic=False)
     pair = example if example.batch > 1 else example.at_batch(2)
     try:
-        return Exported(_try_export(model, pair, pair.dynamic_axes()))
+        return Exported(_try_export(model, pair, pair.dynamic_axes()), pair.batch)
     except Exception as err:
         reason = f"{user_frame(err) or 'torch.export'}: {_first_line(err)}"
-        return Exported(_export(model, example, None), reason, is_dynamic=False)
+        return Exported(_export(model, example, None), example.batch, reason, is_dynamic=False)
 
 
 def export_in_train_mode(model: nn.Module, example: Example, like: Exported) -> ExportedProgram | None:
@@ -102,7 +105,8 @@ def export_in_train_mode(model: nn.Module, example: Example, like: Exported) -> 
 
 def _try_export(model: nn.Module, example: Example, shapes: Any) -> ExportedProgram:
     call = example.clone() if shapes is None else example
-    return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
+    with redirect_stderr(io.StringIO()):  # torch.export prints its unfinished graph there before it raises
+        return torch.export.export(model, call.args, call.kwargs, dynamic_shapes=shapes, strict=False)
 
 
 def _export(model: nn.Module, example: Example, shapes: Any) -> ExportedProgram:

@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxquant.capture.normal_form import bound
 from fxquant.capture.places import place_of
 from fxquant.graph.program import Note, NoteKind
 
@@ -19,9 +20,9 @@ _IGNORED = frozenset(
     {
         "getitem", "sym_size", "contiguous", "clone", "detach", "detach_", "alias", "copy_", "lift_fresh_copy",
         "_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range_for_size",
-        "dropout", "dropout_", "feature_dropout", "alpha_dropout",
     }
 )  # fmt: skip
+_DROPOUTS = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 _MODE_ARGUMENTS = {
     "scaled_dot_product_attention": "dropout_p",
     "lstm": "train",
@@ -39,7 +40,7 @@ def mode_notes(evaluated: ExportedProgram, trained: ExportedProgram | None, mode
     if trained is None:
         text = "the model could not be exported in train mode, so what exists only there is not known"
         return [Note(NoteKind.LOST_IN_EVAL, "", text)]
-    before, after = _operations(evaluated, model), _operations(trained, model)
+    before, after = _operations(evaluated, model, is_train=False), _operations(trained, model, is_train=True)
     notes = []
     for path in sorted(before.keys() | after.keys()):
         only_eval, only_train = before[path] - after[path], after[path] - before[path]
@@ -84,7 +85,7 @@ def _list(names: Counter[str]) -> str:
     return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in sorted(names.items()))
 
 
-def _operations(program: ExportedProgram, model: nn.Module) -> dict[str, Counter[str]]:
+def _operations(program: ExportedProgram, model: nn.Module, is_train: bool) -> dict[str, Counter[str]]:
     found: dict[str, Counter[str]] = defaultdict(Counter)
     counters = {
         s.arg.name for s in program.graph_signature.input_specs if str(s.target).endswith("num_batches_tracked")
@@ -96,7 +97,10 @@ def _operations(program: ExportedProgram, model: nn.Module) -> dict[str, Counter
         name = _name(node)
         if name in _IGNORED or name == "batch_norm" and _is_norm_module(model, path):
             continue
-        found[path][name + (_mode_argument(node, name) or _numbers(node))] += 1
+        if name.rstrip("_") in _DROPOUTS:
+            found[path].update(_dropout(node, name.rstrip("_"), is_train))
+        else:
+            found[path][name + (_mode_argument(node, name) or _numbers(node))] += 1
     return found
 
 
@@ -104,6 +108,18 @@ def _name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.split("::")[1]
     return str(getattr(node.target, "__name__", node.target))
+
+
+def _dropout(node: fx.Node, name: str, is_train: bool) -> list[str]:
+    """A dropout as the program will run it in train mode (eval's export), or as the model does (train's export).
+
+    Capture makes what eval's export contains active in train mode with its p, whatever its flag; p = 0 does nothing.
+    """
+    given = bound(node)
+    if not given["p"]:
+        return []
+    switched_off = " switched off" if is_train and not given["train"] else ""
+    return [f"{name}(p={given['p']}){switched_off}"]
 
 
 def _mode_argument(node: fx.Node, name: str) -> str:

@@ -6,7 +6,7 @@
    operation, noted.
 3. A dropout module: the stock class of its operation, p from the operation, at its path.
 4. Functional dropout: a new dropout module beside its caller.
-5. Dropout that is active in eval mode too: kept as an operation, noted.
+5. Dropout that is active in eval mode too (p > 0 and switched on): kept as an operation, noted.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _restore_dropout(
 ) -> None:
     a = bound(node)
     place = place_of(node)
-    if a["train"]:
+    if a["train"] and a["p"]:
         text = "dropout that is active in eval mode stays an operation"
         notes.append(Note(NoteKind.OTHER, place.path, f"{place.source}: {text}"))
         return

@@ -14,14 +14,14 @@ from fxquant.capture import capture
 from fxquant.cli.loading import first_batch, load_batches, load_model
 from fxquant.demo.run import DemoResult, run_demo
 from fxquant.errors import FxquantError
-from fxquant.files import write_text
+from fxquant.files import make_folder, write_text
 from fxquant.graph.batches import Batch
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
 from fxquant.graph.storage import load_program
-from fxquant.lowering.export import export_onnx
 from fxquant.numerics.runtime import Level, RuntimeOptions
 from fxquant.parity import check_parity
+from fxquant.sim import pair_names, write_pair
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -95,17 +95,16 @@ def diff(options: argparse.Namespace) -> int:
 
 def quantize(options: argparse.Namespace) -> int:
     """`fxquant quantize`."""
-    batches = load_batches(options.data, options.batch_size)
+    folder = Path(options.out)
     pipeline = load_pipeline(options.config)
+    make_folder(folder, pair_names("model"))
+    batches = load_batches(options.data, options.batch_size)
     first, batches = _peek(batches, options.data)
     program = capture(load_model(options.model), first)
     print(pipeline.prepare(program))
     calibrate(program, batches, max_batches=options.max_batches)
     pipeline.finalize(program)
-    folder = Path(options.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    export_onnx(program, folder / "model.onnx", opset=options.opset)
-    program.save(folder / "model.fxq")
+    write_pair(program, folder, opset=options.opset)
     for note in program.notes:
         print(f"note: {note}")
     print(f"wrote {folder / 'model.onnx'} and {folder / 'model.fxq'}")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fxquant.cli.user_code import guarded, user_code
 from fxquant.errors import FxquantError
 from fxquant.graph.batches import Batch
 
@@ -23,15 +24,25 @@ def load_model(name: str) -> Model:
     path = Path(name)
     if path.suffix == ".pt2":
         _require_file(path, "model")
-        exported: torch.export.ExportedProgram = torch.export.load(path)
-        return exported
+        return _load_exported(path)
     found = resolve(name, "model")
-    model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
+    with user_code(f"model '{name}'"):
+        model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found
     if not isinstance(model, (torch.nn.Module, torch.export.ExportedProgram)):
         raise FxquantError(
             f"model '{name}'", expected="an nn.Module, or a callable that returns one", got=type(model).__name__
         )
     return model
+
+
+def _load_exported(path: Path) -> torch.export.ExportedProgram:
+    try:
+        exported: torch.export.ExportedProgram = torch.export.load(path)
+    except Exception as err:  # torch raises whatever its unpickling happens to meet
+        remedy = "Was it written by torch.export.save, and copied whole?"
+        got = f"{type(err).__name__}: {str(err).strip().splitlines()[0] if str(err).strip() else 'no message'}"
+        raise FxquantError(f"model '{path}' cannot be read", got=got, remedy=remedy) from err
+    return exported
 
 
 def resolve(name: str, thing: str) -> Any:
@@ -52,12 +63,13 @@ def resolve(name: str, thing: str) -> Any:
 def _import_module(name: str, thing: str) -> Any:
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
-    try:
-        return importlib.import_module(name)
-    except ImportError as err:
-        raise FxquantError(
-            f"{thing}: module '{name}' cannot be imported", got=str(err), remedy="Is it installed here?"
-        ) from err
+    with user_code(f"{thing}: module '{name}'"):
+        try:
+            return importlib.import_module(name)
+        except ImportError as err:
+            raise FxquantError(
+                f"{thing}: module '{name}' cannot be imported", got=str(err), remedy="Is it installed here?"
+            ) from err
 
 
 def _import_file(path: Path, thing: str) -> Any:
@@ -66,7 +78,8 @@ def _import_file(path: Path, thing: str) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    with user_code(f"{thing}: file '{path}'"):
+        spec.loader.exec_module(module)
     return module
 
 
@@ -90,10 +103,11 @@ def load_batches(name: str, batch_size: int) -> Iterable[Batch]:
         _require_file(path, "data")
         return Batches([path], batch_size)
     found = resolve(name, "data")
-    batches = found() if callable(found) else found
+    with user_code(f"data '{name}'"):
+        batches = found() if callable(found) else found
     if not isinstance(batches, Iterable):
         raise FxquantError(f"data '{name}'", expected="an iterable of batches", got=type(batches).__name__)
-    return batches
+    return guarded(batches, f"data '{name}'")
 
 
 class Batches:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib.metadata import version
 
 from fxquant.cli import commands
 from fxquant.errors import FxquantError
@@ -21,13 +24,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
         return status
     except FxquantError as err:
-        print(f"fxquant: {err}", file=sys.stderr)
-        return 2
+        return _failed(f"{err}{_advice(err, options)}")
     except BrokenPipeError:
-        sys.stderr.close()
+        _abandon_output()
         return 0
+    except OSError as err:
+        if err.filename is None:  # files are named, or their error is an FxquantError already
+            _abandon_output()
+        place = f"'{err.filename}' cannot be read or written" if err.filename else "standard output cannot be written"
+        return _failed(f"{place}; got {err.strerror or err}")
+
+
+def _failed(message: str) -> int:
+    print(f"fxquant: {message}", file=sys.stderr)
+    return 2
+
+
+def _advice(err: FxquantError, options: argparse.Namespace) -> str:
+    """What the command line can do about a batch of another size than the model's: --batch-size."""
+    if not hasattr(options, "batch_size") or not any(mark in err.got for mark in ("(axis 0)", "shape[0]")):
+        return ""
+    return " If the model's batch is fixed, give that size as --batch-size, and as many samples as fill whole batches."
+
+
+def _abandon_output() -> None:
+    """Send what is left to nowhere, so that Python does not stumble over it again when it ends."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -36,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="fxquant",
         description="Quantize PyTorch models to integer ONNX models, and check that what was simulated is what runs.",
     )
+    parser.add_argument("--version", action="version", version=f"fxquant {version('fxquant')}")
     commands_ = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands_)
     _add_show(commands_)
@@ -176,7 +203,10 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, is '{text}'") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
     return value

@@ -15,12 +15,13 @@ from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.demo.digits import Digits, batches_of, load_digits, train
 from fxquant.demo.net import DigitsNet
-from fxquant.files import write_text
-from fxquant.graph.pipeline import load_pipeline
+from fxquant.files import make_folder, write_text
+from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import Program
 from fxquant.lowering.export import export_onnx
 from fxquant.numerics.runtime import RuntimeOptions, open_session
 from fxquant.parity import ParityReport, check_parity
+from fxquant.sim import pair_names, write_pair
 
 CALIBRATION_BATCHES = 8
 PARITY_BATCHES = 4
@@ -49,24 +50,23 @@ class DemoResult:
 
 def run_demo(folder: Path, *, epochs: int, seed: int, config: str) -> DemoResult:
     """Run the whole demo; writes both ONNX models, model.fxq, graph.svg, passes/ and report.json into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = load_pipeline(config)
+    make_folder(folder, (*pair_names("model"), "float.onnx", "graph.svg", "report.json"))
     torch.manual_seed(seed)
     digits = load_digits(seed)
     net = DigitsNet()
     train(net, digits, epochs=epochs, seed=seed)
     program = capture(net, digits.train_images[:2])
     export_onnx(program, folder / "float.onnx")
-    _quantize(program, digits, config, folder / "passes")
-    export_onnx(program, folder / "model.onnx")
-    program.save(folder / "model.fxq")
+    _quantize(program, digits, pipeline, folder / "passes")
+    write_pair(program, folder)
     program.draw(folder / "graph.svg")
     result = _measure(net, program, digits, folder)
     write_text(folder / "report.json", json.dumps(result.to_dict(), indent=2))
     return result
 
 
-def _quantize(program: Program, digits: Digits, config: str, dumps: Path) -> None:
-    pipeline = load_pipeline(config)
+def _quantize(program: Program, digits: Digits, pipeline: Pipeline, dumps: Path) -> None:
     pipeline.prepare(program).dump(dumps / "prepare")
     calibrate(program, batches_of(digits.train_images)[:CALIBRATION_BATCHES])
     pipeline.finalize(program).dump(dumps / "finalize")

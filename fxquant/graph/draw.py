@@ -66,7 +66,10 @@ class Box:
 
 
 def draw(program: Program, path: str | os.PathLike[str]) -> None:
-    """Draw `program` to `path`; its suffix says how: .svg or .dot. Another suffix is an FxquantError."""
+    """Draw `program` to `path`; its suffix says how: .svg or .dot.
+
+    Raises FxquantError for another suffix, StorageError if the file cannot be written.
+    """
     place = Path(path)
     if place.suffix not in FORMATS:
         raise FxquantError(

@@ -1,7 +1,9 @@
 """PassManager: runs passes in order, checks what they declare against what they did, and keeps the trace.
 
 For each pass: stage check, rewrite with a fresh Rewriter, refusal of unrecorded edits, lint, recompilation if the
-graph was edited. A pass that fails is rolled back, so that the program is left as the pass before it left it.
+graph was edited. A pass that fails is rolled back, so that the program is left as the pass before it left it; all but
+the values of tensors that it overwrote in place behind the rewriter's back, of which no copies are kept (they would
+double the memory of every run): the error names those tensors.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.progress import Progress
@@ -20,6 +22,7 @@ from fxquant.errors import FxquantError, PassError
 from fxquant.graph.batches import Batch
 from fxquant.graph.checks import check_graph
 from fxquant.graph.numeric_check import TOLERANCE, OutputCheck
+from fxquant.graph.options import check_options
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.render import excerpt, render, render_header, render_node
@@ -34,17 +37,20 @@ _GRAPH_EDITS = frozenset(("create", "erase", "move", "retarget", "rewire"))  # r
 class PassManager:
     """A list of passes that runs as one; a PassManager in the list stands for its passes.
 
-    Raises PassError if no stage can be run through the list in this order.
+    Raises PassError if an option of a pass is not of its type, or if no stage can be run through the list in this
+    order.
     """
 
     def __init__(self, passes: Sequence[Pass | PassManager]) -> None:
         self.passes = tuple(passes)
         for item in self.passes:
             if not isinstance(item, (Pass, PassManager)):
-                remedy = "Write FoldBatchNorm(), with brackets." if isinstance(item, type) else ""
-                raise PassError("pass list", expected="passes and PassManagers", got=repr(item), remedy=remedy)
-            if isinstance(item, Pass) and not item.stages:
-                raise PassError(f"pass '{item.name}'", expected="stages that it runs at", got="none")
+                expected = "passes and PassManagers"
+                raise PassError("pass list", expected=expected, got=repr(item), remedy=_remedy_for(item))
+            if isinstance(item, Pass):
+                if not item.stages:
+                    raise PassError(f"pass '{item.name}'", expected="stages that it runs at", got="none")
+                check_options(item, item.name)
         self.entries = _check_order(list(self))
 
     def __iter__(self) -> Iterator[Pass]:
@@ -72,9 +78,10 @@ class PassManager:
         """Run the passes on `program`, in place.
 
         Arguments:
-            program: is edited; if a pass fails, it is left as the pass before left it. check_inputs: arguments of the
-            model (a tensor, a tuple, a dict of keywords); if given, the outputs before and
-                after each pass that promises to preserve them are compared.
+            program: is edited; if a pass fails, it is left as the pass before left it, but for values that the pass
+                overwrote in place without the rewriter: those are lost, and the error names their tensors.
+            check_inputs: arguments of the model (a tensor, a tuple, a dict of keywords); if given, the outputs before
+                and after each pass whose contract is PRESERVES are compared. Without them no contract is checked.
             tolerance: largest difference allowed there, as a fraction of the output's largest magnitude.
 
         Raises PassError, with the pass, the node and the printed graph, whatever a pass raised.
@@ -83,6 +90,16 @@ class PassManager:
         for item in _with_late_progress(list(self)):
             run.step(item)
         return PassTrace(run.start, tuple(run.entries))
+
+
+def _remedy_for(item: object) -> str:
+    """What to write instead of a class or a name where a pass is wanted."""
+    if isinstance(item, type):
+        return f"Write {item.__name__}(), with brackets."
+    if isinstance(item, str):
+        name = "".join(part.capitalize() for part in re.split(r"\W+", item))
+        return f"Write {name}(), or name passes in a TOML pipeline (fxquant.load_pipeline)."
+    return ""
 
 
 def _with_late_progress(passes: list[Pass]) -> Iterator[Pass]:
@@ -116,11 +133,13 @@ class _Run:
         try:
             self._rewrite(item, rewriter)
         except Exception as err:
+            self.snapshot.restore_header(self.program)  # or it may not print
             failure = _failure(item, self.program, err)
+            raise _with_losses(failure, self._roll_back(rewriter)) from err
+        except BaseException as err:
             lost = self._roll_back(rewriter)
-            raise _with_losses(failure, lost) from err
-        except BaseException:
-            self._roll_back(rewriter)
+            if lost:
+                err.add_note(_loss(lost))
             raise
         seconds = time.perf_counter() - started
         before, self.picture = self.picture, self._picture()
@@ -144,9 +163,7 @@ class _Run:
         if item.leaves is not None:
             program.stage = item.leaves
         self._render_changes(after, bool(rewriter.edits))
-        self.snapshot = Snapshot(
-            after.graph, after.nodes, after.modules, after.tensors, program.stage, program.target, program.notes
-        )
+        self.snapshot = replace(after, stage=program.stage)
 
     def _render_changes(self, after: Snapshot, was_edited: bool) -> None:
         """Print anew what changed: nodes that say something else, and module calls, whose line shows the module's
@@ -256,14 +273,23 @@ def _failure(item: Pass, program: Program, err: Exception) -> PassError:
         thing = err.thing if err.thing.startswith(item.name) else f"{item.name}: {err.thing}"
         failure = PassError(thing, place=err.place, expected=err.expected, got=err.got, remedy=err.remedy)
     else:
-        where = f"node '{node}'" if node else "the pass"
-        failure = PassError(f"{item.name}: {where}", got=f"{type(err).__name__}: {err}")
+        where = f"node '{node}'" if node else "the pass failed"
+        got = f"{type(err).__name__}: {err}" if str(err) else f"{type(err).__name__} without a text"
+        remedy = "The graph as the pass left it is on `.rendered` of this error."
+        failure = PassError(f"{item.name}: {where}", got=got, remedy=remedy)
     failure.pass_name, failure.node = item.name, node
-    failure.rendered = render(program)
-    lines = excerpt(program, node)
+    failure.rendered, lines = _printed(program, node)
     if lines:
         failure.add_note(f"the graph as '{item.name}' left it, before it was rolled back:\n{lines}")
     return failure
+
+
+def _printed(program: Program, node: str) -> tuple[str, str]:
+    """The printed graph, and the lines around `node`; a pass may have left what cannot be printed."""
+    try:
+        return render(program), excerpt(program, node)
+    except Exception as err:
+        return f"the graph cannot be printed: {type(err).__name__}: {err}", ""
 
 
 def _node_at_fault(err: Exception) -> str:
@@ -284,9 +310,20 @@ def _node_at_fault(err: Exception) -> str:
 
 
 def _with_losses(failure: PassError, lost: list[str]) -> PassError:
-    if lost:
-        names = ", ".join(lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
-        failure.add_note(f"rolled back, but values overwritten in place are lost: {names}; capture the model again")
-    else:
+    if not lost:
         failure.add_note("the program was rolled back to what it was before this pass")
-    return failure
+        return failure
+    remedy = " ".join(filter(None, (failure.remedy, _loss(lost))))
+    full = PassError(failure.thing, place=failure.place, expected=failure.expected, got=failure.got, remedy=remedy)
+    full.pass_name, full.node, full.rendered = failure.pass_name, failure.node, failure.rendered
+    for note in getattr(failure, "__notes__", ()):
+        full.add_note(note)
+    return full
+
+
+def _loss(lost: list[str]) -> str:
+    names = ", ".join(f"'{path}'" for path in lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    return (
+        f"The program was rolled back, but the old values of {names}, overwritten in place without the rewriter, "
+        "are lost: capture the model again."
+    )

@@ -4,14 +4,16 @@ holds.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, get_args, get_origin
 
-from fxquant.errors import ConfigError, FxquantError, nearest
+from fxquant.errors import ConfigError, FxquantError, PassError, nearest
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "nothing"}
 
@@ -60,6 +62,82 @@ def option_types(kind: type[Any]) -> dict[str, Any]:
     """The options of a dataclass, by name, with their types."""
     hints = typing.get_type_hints(kind)
     return {item.name: hints[item.name] for item in fields(kind) if item.init}
+
+
+def check_options(item: object, name: str) -> None:
+    """Raise PassError unless every option of the pass `item`, called `name`, is of its declared type.
+
+    Nested dataclasses, tuples and dicts are looked into. Types that no config can say (a callable, a class of the
+    pass's own) are checked as far as isinstance can.
+    """
+    for option, kind, value in _mistyped(item):
+        got = f"the {type(value).__name__} {value!r}"
+        raise PassError(f"pass '{name}': option '{option}'", expected=_type_text(kind), got=got)
+
+
+def _mistyped(item: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Options of a dataclass whose value is not of their type: path ("activation.bits"), type, value."""
+    owner: Any = type(item)
+    for name, kind in _known_types(owner).items():
+        value = getattr(item, name)
+        if not _is_a(kind, value):
+            yield name, kind, value
+            continue
+        for place, inner in _dataclasses_in(value):
+            yield from ((f"{name}{place}.{path}", inner_kind, got) for path, inner_kind, got in _mistyped(inner))
+
+
+def _dataclasses_in(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if is_dataclass(value) and not isinstance(value, type):
+        yield place, value
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, item in items:
+        yield from _dataclasses_in(item, f"{place}[{key!r}]")
+
+
+@cache
+def _known_types(kind: type[Any]) -> dict[str, Any]:
+    """`option_types`; empty for what is no dataclass, or is annotated with names that only a type checker sees."""
+    try:
+        return option_types(kind) if is_dataclass(kind) else {}
+    except NameError:
+        return {}
+
+
+def _is_a(kind: Any, value: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_a(arg, value) for arg in args)
+    if origin is typing.Literal:
+        return any(value == arg and type(value) is type(arg) for arg in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and _are(args, value)
+    if origin in (dict, Mapping):
+        return isinstance(value, origin) and all(_are(args, pair) for pair in value.items())
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind is None or kind is types.NoneType:
+        return value is None
+    known = kind if origin is None else origin
+    return not _is_class(known) or isinstance(value, known)
+
+
+def _is_class(kind: Any) -> bool:
+    """Whether isinstance takes `kind`; of protocols only some."""
+    return isinstance(kind, type) and not getattr(kind, "_is_protocol", False)
+
+
+def _are(kinds: tuple[Any, ...], values: tuple[Any, ...]) -> bool:
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    return len(kinds) == len(values) and all(map(_is_a, kinds, values))
+
+
+def _type_text(kind: Any) -> str:
+    """A type as its annotation says it, without modules: "tuple[Rule, ...]"."""
+    return (
+        kind.__name__ if isinstance(kind, type) and not get_args(kind) else re.sub(r"(?:\w+\.)+(?=\w)", "", str(kind))
+    )
 
 
 def encode(value: Any) -> Any:

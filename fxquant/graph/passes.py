@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 
 
 class Contract(Enum):
-    """What a pass promises about the float outputs of the program."""
+    """What a pass promises about the float outputs of the program.
+
+    PRESERVES is checked only where inputs are given: `PassManager([...]).run(program, check_inputs=x)`, or the same
+    argument of Pipeline.prepare and finalize; the other two are declarations that nothing checks.
+    """
 
     PRESERVES = "preserves"  # unchanged up to float rounding
     QUANTIZES = "quantizes"  # changed by quantization only
@@ -24,7 +28,8 @@ class Pass(ABC):
     """One rewrite of the graph.
 
     Subclasses are frozen dataclasses in a file of their own; their fields are the options that a config may set.
-    They edit through the Rewriter only, and say with `rewriter.miss` why what nearly matched did not.
+    They edit through the Rewriter only, and say with `rewriter.miss` why what nearly matched did not. Their contract is
+    checked only in runs with `check_inputs=` (see Contract).
     """
 
     name: ClassVar[str]

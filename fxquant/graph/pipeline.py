@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fxquant.errors import ConfigError, PassError, nearest
@@ -153,21 +154,35 @@ def _import_catalogue(text: str, place: str) -> Mapping[str, type[Pass]]:
     module, separator, attribute = text.partition(":")
     if not (module and separator and attribute):
         raise ConfigError("catalogue", place=place, expected='"module:ATTRIBUTE"', got=repr(text))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except ImportError as err:
-        remedy = "Install the module, or put its folder on PYTHONPATH."
-        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=str(err), remedy=remedy) from err
-    except AttributeError as err:
-        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=str(err)) from err
-    is_catalogue = isinstance(found, Mapping) and all(
-        isinstance(kind, type) and issubclass(kind, Pass) and key == kind.name for key, kind in found.items()
-    )
-    if not is_catalogue:
+    imported = _import_module(module, text, place)
+    if not hasattr(imported, attribute):
+        offered = [name for name, value in vars(imported).items() if _is_catalogue(value)]
+        got = f"no '{attribute}' in module '{module}'"
+        remedy = nearest(attribute, offered)
+        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=got, remedy=remedy)
+    found = getattr(imported, attribute)
+    if not _is_catalogue(found):
         got = f"{type(found).__name__} in '{text}'"
         raise ConfigError("catalogue", place=place, expected="a dict of pass classes by their names", got=got)
     catalogue: Mapping[str, type[Pass]] = found
     return catalogue
+
+
+def _import_module(module: str, text: str, place: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except Exception as err:  # whatever the code of a foreign module raises
+        if isinstance(err, ImportError):
+            got, remedy = str(err), "Install the module, or put its folder on PYTHONPATH."
+        else:
+            got, remedy = f"{type(err).__name__}: {err}", f"Mend '{module}': it raises where it is imported."
+        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=got, remedy=remedy) from err
+
+
+def _is_catalogue(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(kind, type) and issubclass(kind, Pass) and key == kind.name for key, kind in value.items()
+    )
 
 
 def _manager(tables: Any, section: str, catalogue: Mapping[str, type[Pass]], place: str) -> PassManager:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxquant.errors import FxquantError, nearest
+from fxquant.errors import CalibrationError, FxquantError, nearest
 from fxquant.graph.module import ProgramModule, graph_to_records
-from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant
+from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
 from fxquant.spec import QuantSpec, Target
 
 FAKE_QUANTS = "fake_quants"
@@ -191,6 +191,34 @@ class Program:
             module = self.bias_fake_quant(node)
             if module is not None:
                 yield node, module
+
+    def adopt_encodings(self) -> None:
+        """Use the grids that a state_dict brought: the program, at stage INSERTED, is then CALIBRATED.
+
+        A state_dict holds grids, but neither the stage nor the modes of the FakeQuants, which would go on observing:
+
+            pipeline.prepare(program)
+            program.module.load_state_dict(calibrated.module.state_dict())
+            program.adopt_encodings()
+
+        Raises CalibrationError at another stage, or listing the values whose FakeQuant has no grid; the program is then
+        as before. (`fxquant.load_program` needs none of this: a program file holds stage and modes.)
+        """
+        if self.stage is not Stage.INSERTED:
+            remedy = "Run the pipeline's prepare passes first." if self.stage < Stage.INSERTED else "Nothing to adopt."
+            expected = "a program at stage inserted"
+            raise CalibrationError("adopt encodings", expected=expected, got=str(self.stage), remedy=remedy)
+        quants = list(self.fake_quant_nodes())
+        missing = [str(node.args[0]) for node, module in quants if not module.has_encoding]
+        if missing:
+            names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            remedy = "Load the state_dict of a calibrated program first, or calibrate (fxquant.calibrate)."
+            raise CalibrationError(
+                "adopt encodings", expected="a grid for every value", got=f"none for {names}", remedy=remedy
+            )
+        for _, module in quants:
+            module.mode = Mode.FAKE if module.mode is Mode.OBSERVE else module.mode
+        self.stage = Stage.CALIBRATED
 
     def link_biases(self) -> None:
         """Point every BiasFakeQuant at the two FakeQuants that its node names: the graph is the truth."""

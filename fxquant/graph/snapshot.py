@@ -2,12 +2,13 @@
 rolled back.
 
 A snapshot holds references, not copies: node arguments are immutable in torch.fx, and of a tensor its identity,
-version and a sum over its bits are kept. Taking one is linear in the graph, plus one read of the weights.
+version, requires_grad and a sum over its bits are kept: that values were overwritten in place is seen, but the old ones
+cannot be given back. Taking one is linear in the graph, plus one read of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import PassError
+from fxquant.graph.module import ProgramModule
 from fxquant.graph.program import Note, Program, Stage, describe
 from fxquant.spec import QuantSpec, Target
 
@@ -40,6 +42,12 @@ _SAME_SIZE_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.in
 _SMALL = 4096  # elements; larger tensors are summed one by one, where they are
 _DENSE = (torch.Tensor, nn.Parameter)
 _PLAIN = (bool, int, float, str, Enum, QuantSpec)
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict))
+_HEADER_REMEDIES = {
+    "stage": "Declare `leaves`; the manager sets the stage.",
+    "target": "The pipeline sets the target (Pipeline(..., target=Target...)).",
+    "name": "Name the program where it is captured.",
+}
 
 
 class NodeState(NamedTuple):
@@ -54,13 +62,16 @@ class NodeState(NamedTuple):
 
 
 class ModuleState(NamedTuple):
-    """What a module holds: shallow copies of its three tables, and its plain attributes (mode, spec, eps ...)."""
+    """What a module holds: shallow copies of its three tables, its plain attributes (mode, spec, eps ...) and those of
+    its tables of hooks that are not empty.
+    """
 
     module: nn.Module
     parameters: dict[str, nn.Parameter | None]
     buffers: dict[str, torch.Tensor | None]
     modules: dict[str, nn.Module | None]
     attributes: dict[str, Any]
+    hooks: dict[str, dict[int, Any]]
 
 
 class TensorState(NamedTuple):
@@ -69,6 +80,7 @@ class TensorState(NamedTuple):
     tensor: torch.Tensor
     version: int
     bits: int
+    requires_grad: bool
 
 
 def node_state(node: fx.Node) -> NodeState:
@@ -89,6 +101,7 @@ class Snapshot:
     tensors: dict[str, TensorState]
     stage: Stage
     target: Target
+    name: str
     notes: tuple[Note, ...]
 
     @classmethod
@@ -105,7 +118,7 @@ class Snapshot:
             nodes[node.name] = node_state(node)
         modules = {path: _module_state(module) for path, module in _walk(program.module)}
         tensors = _tensor_states(modules)
-        return cls(program.graph, nodes, modules, tensors, program.stage, program.target, program.notes)
+        return cls(program.graph, nodes, modules, tensors, program.stage, program.target, program.name, program.notes)
 
     def changed(self, later: Snapshot) -> set[str]:
         """Names of the nodes that are new in `later` or say something else there."""
@@ -113,18 +126,30 @@ class Snapshot:
 
     def restore(self, program: Program) -> list[str]:
         """Roll `program` back; returns the paths of tensors whose overwritten values could not be brought back."""
+        root = self.modules[""].module
+        assert isinstance(root, ProgramModule)
+        program.module = root
         for state in self.modules.values():
             _refill(state.module._parameters, state.parameters)
             _refill(state.module._buffers, state.buffers)
             _refill(state.module._modules, state.modules)
             for name, value in state.attributes.items():
                 setattr(state.module, name, value)
-        program.stage, program.target, program.notes = self.stage, self.target, self.notes
+            for name in _HOOKS:
+                _refill(vars(state.module).get(name, {}), state.hooks.get(name, {}))
+        for tensor_state in self.tensors.values():
+            _restore_requires_grad(tensor_state)
+        self.restore_header(program)
+        program.notes = self.notes
         now = Snapshot.take(program) if program.graph is self.graph and _names_are_unique(program.graph) else None
         if now is None or list(now.nodes.items()) != list(self.nodes.items()):
             program.module.graph = self._rebuilt_graph()
             program.link_biases()
         return [path for path, state in _tensor_states(self.modules).items() if _overwritten(self.tensors[path], state)]
+
+    def restore_header(self, program: Program) -> None:
+        """Give `program` its stage, target and name back."""
+        program.stage, program.target, program.name = self.stage, self.target, self.name
 
     def _rebuilt_graph(self) -> fx.Graph:
         graph = fx.Graph()
@@ -140,10 +165,10 @@ class Snapshot:
 
 def refuse_unrecorded(before: Snapshot, after: Snapshot, rewriter: Rewriter) -> None:
     """Raise PassError if anything differs between the two that the rewriter did not record."""
-    if after.stage is not before.stage or after.target is not before.target:
-        raise _refusal(
-            rewriter, "stage or target of the program was changed", "Declare `leaves`; the manager sets the stage."
-        )
+    for what, remedy in _HEADER_REMEDIES.items():
+        old, new = getattr(before, what), getattr(after, what)
+        if type(old) is not type(new) or old != new:
+            raise _refusal(rewriter, f"{what} of the program was changed from {_shown(old)} to {_shown(new)}", remedy)
     if after.graph is not before.graph:
         raise _refusal(rewriter, "the graph was replaced by another one", "Edit `program.graph` through the Rewriter.")
     _refuse_node_edits(before, after, rewriter)
@@ -204,6 +229,10 @@ def _refuse_state_edits(before: Snapshot, after: Snapshot, rewriter: Rewriter) -
         if (old is None or new is None or _overwritten(old, new)) and not recorded.covers(path):
             what = f"tensor '{path}' was {_verb(old, new)}"
             raise _refusal(rewriter, what, "Use rewriter.set_tensor, add_tensor or editing.", node=path)
+        if old is not None and new is not None and old.requires_grad is not new.requires_grad:
+            if not recorded.covers(path):
+                what = f"requires_grad of tensor '{path}' was changed from {old.requires_grad} to {new.requires_grad}"
+                raise _refusal(rewriter, what, "Change it in `with rewriter.editing(<path of its module>)`.", node=path)
 
 
 def _refuse_module_edit(old: ModuleState | None, new: ModuleState | None, path: str, recorded: _RecordedPaths) -> None:
@@ -217,6 +246,11 @@ def _refuse_module_edit(old: ModuleState | None, new: ModuleState | None, path: 
             change = f"from {old.attributes.get(names[0])} to {new.attributes.get(names[0])}"
             what = f"'{names[0]}' of module '{path}' was changed {change}"
             raise _refusal(recorded.rewriter, what, "Use rewriter.set_mode or editing.", node=path)
+        if old.hooks != new.hooks and not recorded.covers(path):
+            kind = next(name for name in _HOOKS if old.hooks.get(name) != new.hooks.get(name))
+            what = f"hooks ({kind.strip('_')}) of module '{path}' were changed"
+            remedy = "A hook is no part of the graph and is neither saved nor exported: add a node instead."
+            raise _refusal(recorded.rewriter, what, remedy, node=path)
     elif not recorded.covers(path) and path not in recorded.containers:
         what = f"module '{path}' was {_verb(old, new)}"
         raise _refusal(recorded.rewriter, what, "Use rewriter.add_module or remove_module.", node=path)
@@ -233,6 +267,10 @@ class _RecordedPaths:
     def covers(self, path: str) -> bool:
         """Whether an edit of this path, or of all that lies below a parent of it, was recorded."""
         return path in self.rewriter.touched or any(parent in self.subtrees for parent in _parents(path))
+
+
+def _shown(value: object) -> str:
+    return repr(value) if isinstance(value, str) else str(value)
 
 
 def _verb(old: object | None, new: object | None) -> str:
@@ -265,7 +303,9 @@ def _module_state(module: nn.Module) -> ModuleState:
             for name, value in vars(module).items()
             if name[0] != "_" and name != "training" and isinstance(value, _PLAIN)
         }
-    return ModuleState(module, dict(module._parameters), dict(module._buffers), dict(module._modules), attributes)
+    hooks = {name: dict(table) for name in _HOOKS if (table := vars(module).get(name))}
+    tables = dict(module._parameters), dict(module._buffers), dict(module._modules)
+    return ModuleState(module, *tables, attributes, hooks)
 
 
 def _tensor_states(modules: dict[str, ModuleState]) -> dict[str, TensorState]:
@@ -277,7 +317,10 @@ def _tensor_states(modules: dict[str, ModuleState]) -> dict[str, TensorState]:
                 found[prefix + name] = tensor
     distinct = {id(tensor): tensor for tensor in found.values()}
     bits = dict(zip(distinct, _sums_of_bits(list(distinct.values())), strict=True))
-    return {path: TensorState(tensor, _version(tensor), bits[id(tensor)]) for path, tensor in found.items()}
+    return {
+        path: TensorState(tensor, _version(tensor), bits[id(tensor)], tensor.requires_grad)
+        for path, tensor in found.items()
+    }
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -319,7 +362,17 @@ def _overwritten(old: TensorState, new: TensorState) -> bool:
     return old.tensor is not new.tensor or old.version != new.version or old.bits != new.bits
 
 
-def _refill(table: dict[str, Any], content: dict[str, Any]) -> None:
+def _restore_requires_grad(state: TensorState) -> None:
+    tensor = state.tensor
+    if tensor.requires_grad is state.requires_grad:
+        return
+    if tensor.is_leaf:
+        tensor.requires_grad_(state.requires_grad)
+    else:  # a buffer into which a differentiable value was written
+        tensor.detach_()
+
+
+def _refill(table: dict[Any, Any], content: Mapping[Any, Any]) -> None:
     table.clear()
     table.update(content)
 

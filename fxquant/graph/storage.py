@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 import torch
 
 from fxquant.errors import FxquantError, StorageError
-from fxquant.files import replacement
+from fxquant.files import REMEDY, replacement
 from fxquant.graph.module import ProgramModule, graph_from_records, graph_to_records
 from fxquant.graph.module_tree import build_tree, describe_tree
 from fxquant.graph.program import Note, NoteKind, Program, Stage
@@ -38,7 +38,6 @@ _MANIFEST, _PROGRAM, _TENSORS = "manifest.json", "program.json", "tensors.pt"
 
 def save_program(program: Program, path: str | os.PathLike[str]) -> None:
     """Write `program` to the file `path`, all or nothing: a kill or a full disk midway leaves what was there before.
-
     Raises StorageError if the file cannot be written, or if the graph calls a module or holds a value that a file
     cannot hold.
     """
@@ -54,8 +53,9 @@ def save_program(program: Program, path: str | os.PathLike[str]) -> None:
             digests = {_PROGRAM: hashlib.sha256(text).hexdigest(), _TENSORS: hashed.digest.hexdigest()}
             archive.writestr(_MANIFEST, json.dumps(_manifest(program, digests), indent=1))
     except OSError as err:
-        remedy = "Free some space, or choose another folder; a file that was there before is untouched."
-        raise StorageError("program cannot be written", place=str(place), got=str(err), remedy=remedy) from err
+        remedy = REMEDY if place.parent.is_dir() else f"Make the folder '{place.parent}' first."
+        got = err.strerror or str(err)  # str(err) may name a temporary file
+        raise StorageError("program cannot be written", place=str(place), got=got, remedy=remedy) from err
 
 
 def load_program(path: str | os.PathLike[str], *, trusted: Sequence[str] = ()) -> Program:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant.errors import FxquantError, nearest
-from fxquant.files import write_text
+from fxquant.files import make_folder, write_text
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Stage
 from fxquant.graph.render import diff_texts
@@ -119,9 +119,11 @@ class PassTrace:
         """Write the printed graphs to numbered files, `00_captured.txt` first, then a .txt and a .diff for each pass.
 
         The folder is made if need be; `trace.txt` holds the table. Returns the files written.
+
+        Raises StorageError if they cannot be written.
         """
         place = Path(folder)
-        place.mkdir(parents=True, exist_ok=True)
+        make_folder(place)
         written: list[Path] = []
 
         def write(name: str, text: str) -> None:

@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from fxquant.errors import ExportError
-from fxquant.files import remove, replacement
+from fxquant.files import REMEDY, afterwards, remove, replacement
 
 LARGEST_PROTOBUF = 2**31 - 2**24  # protobuf's limit is 2 GB; 16 MB are left for the graph
 SMALLEST_EXTERNAL = 1024  # bytes; smaller tensors stay in the model, where shape inference can read them
@@ -44,11 +44,15 @@ def save(model: ir.Model, path: Path, external: bool | None = None) -> None:
         raise ExportError(
             f"export: '{path}' cannot be written",
             got=err.strerror or str(err),
-            remedy="Free space or choose another folder; what was there before is unchanged.",
+            remedy=REMEDY,
         ) from err
-    _flush_folder(path.parent)
-    for stale in old_data - {location}:
-        remove(path.parent / stale)
+    afterwards(lambda: _clean_up(path.parent, old_data - {location}))
+
+
+def _clean_up(folder: Path, stale: set[str]) -> None:
+    _flush_folder(folder)
+    for name in stale:
+        remove(folder / name)
 
 
 def external_files(path: Path) -> set[str]:

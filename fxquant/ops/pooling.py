@@ -8,6 +8,10 @@ ceil_mode = 0; sizes that are not known then are refused:
     out = ceil((size + 2 padding - span) / stride) + 1, less 1 if (out - 1) stride >= size + padding
     end = max(padding, (out - 1) stride + span - size - padding)
 
+Adaptive pooling is AveragePool or MaxPool along the axes whose windows are all alike. Along the others, whose sizes
+must be known, each window is a Slice and a ReduceMean or ReduceMax, joined by Concat: windows are boxes, and the mean
+(or maximum) over a box is that over its axes in turn. Such a pooling is a float island.
+
 Max pooling keeps its input's grid (same codes); average pooling is QLinearAveragePool or QLinearGlobalAveragePool
 between Q/DQ.
 """
@@ -15,7 +19,7 @@ between Q/DQ.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -24,8 +28,8 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from fxquant.ops._arguments import bind, static_shape
-from fxquant.ops._emit import argument, full_rank, squeeze, unsqueeze
+from fxquant.ops._arguments import bind, ints, output_types, static_shape
+from fxquant.ops._emit import argument, full_rank, reduce, squeeze, unsqueeze
 from fxquant.ops.base import OpDef, Role, Writer
 
 aten = torch.ops.aten
@@ -148,14 +152,19 @@ def _unknown_ceiling(node: fx.Node, writer: Writer) -> Exception:
     return writer.refuse(node, f"ceil_mode with spatial sizes {sizes}, which are not known", remedy)
 
 
+def _adaptive_bounds(size: int, count: int) -> list[tuple[int, int]]:
+    """First and one-past-last element of each window."""
+    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+
+
 def adaptive_windows(size: int, count: int) -> tuple[int, int] | None:
     """(kernel, stride) of adaptive pooling from `size` to `count`, or None if its windows are not all alike.
 
     Window i is [floor(i size / count), ceil((i + 1) size / count)), as torch has it.
     """
-    starts = [i * size // count for i in range(count)]
-    kernels = {-(-(i + 1) * size // count) - start for i, start in enumerate(starts)}
-    strides = {after - before for before, after in pairwise(starts)} or {1}
+    bounds = _adaptive_bounds(size, count)
+    kernels = {end - start for start, end in bounds}
+    strides = {after - before for (before, _), (after, _) in pairwise(bounds)} or {1}
     return (kernels.pop(), strides.pop()) if len(kernels) == len(strides) == 1 and 0 not in strides else None
 
 
@@ -166,17 +175,48 @@ def _adaptive(node: fx.Node, writer: Writer, pool: str) -> ir.Value:
     known = static_shape(sizes)
     if all(count == 1 for count in counts) and (known is None or pool == "AveragePool"):
         return _unbatched(writer, writer.op(f"Global{pool}", [x]), missing)
-    pairs = [] if known is None or static_shape(counts) is None else zip(known, counts, strict=True)
-    windows = [found for pair in pairs if (found := adaptive_windows(*pair)) is not None]
-    if len(windows) != len(sizes):
-        reason = (
-            f"adaptive pooling of {sizes} into {tuple(counts)} has windows of different sizes, or of sizes not known"
-        )
-        raise writer.refuse(
-            node, reason, "Choose an output size that divides the input's, or declare the module opaque."
-        )
-    kernel, strides = [pair[0] for pair in windows], [pair[1] for pair in windows]
-    return _unbatched(writer, writer.op(pool, [x], kernel_shape=kernel, strides=strides), missing)
+    if known is None or static_shape(counts) is None or 0 in counts:
+        reason = f"adaptive pooling of {sizes} into {tuple(counts)} has windows of sizes that are not known"
+        raise writer.refuse(node, reason, "Capture with fixed spatial sizes and a positive output size.")
+    windows = [adaptive_windows(*pair) for pair in zip(known, counts, strict=True)]
+    if any(window is not None and window != (1, 1) for window in windows) or None not in windows:
+        kernel, strides = zip(*(window or (1, 1) for window in windows), strict=True)
+        x = writer.op(pool, [x], kernel_shape=list(kernel), strides=list(strides))
+    for axis, window in enumerate(windows):
+        if window is None:
+            x = _uneven(writer, x, axis + 2, _adaptive_bounds(known[axis], counts[axis]), pool)
+    return _unbatched(writer, x, missing)
+
+
+def _uneven(writer: Writer, x: ir.Value, axis: int, bounds: Sequence[tuple[int, int]], pool: str) -> ir.Value:
+    """Pool along one axis, over windows of different sizes."""
+    kind = "ReduceMean" if pool == "AveragePool" else "ReduceMax"
+    parts = []
+    for start, end in bounds:
+        part = writer.op("Slice", [x, ints(writer, start), ints(writer, end), ints(writer, axis)])
+        parts.append(part if end - start == 1 else reduce(writer, kind, part, [axis], keepdim=True))
+    value: ir.Value = writer.op("Concat", parts, axis=axis)
+    return value
+
+
+def _is_uneven(node: fx.Node) -> bool:
+    """Whether the windows of an adaptive pooling differ in size along some axis, as far as sizes are known."""
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    axes = _SPATIAL[node.target]
+    pairs = zip(output_types(x)[0].shape[-axes:], full_rank(argument(node, "output_size"), axes), strict=True)
+    return any(
+        isinstance(size, int) and isinstance(count, int) and adaptive_windows(size, count) is None
+        for size, count in pairs
+    )
+
+
+def _adaptive_role(role: Role) -> Callable[[fx.Node], Role]:
+    return lambda node: Role.FLOAT if _is_uneven(node) else role
+
+
+def _adaptive_types(even: tuple[str, ...], uneven: str) -> Callable[[fx.Node], tuple[str, ...]]:
+    return lambda node: (uneven,) if _is_uneven(node) else even
 
 
 def _emit_adaptive_average_pool(node: fx.Node, writer: Writer) -> ir.Value:
@@ -200,6 +240,8 @@ POOLING: tuple[OpDef, ...] = (
         role=Role.COMPUTE,
         emit=_emit_adaptive_average_pool,
         onnx_types=("GlobalAveragePool", "AveragePool"),
+        role_of=_adaptive_role(Role.COMPUTE),
+        types_of=_adaptive_types(("GlobalAveragePool", "AveragePool"), "ReduceMean"),
     ),
     OpDef(
         name="adaptive_max_pool",
@@ -207,5 +249,7 @@ POOLING: tuple[OpDef, ...] = (
         role=Role.GRID_PRESERVING,
         emit=_emit_adaptive_max_pool,
         onnx_types=("MaxPool", "GlobalMaxPool"),
+        role_of=_adaptive_role(Role.GRID_PRESERVING),
+        types_of=_adaptive_types(("MaxPool", "GlobalMaxPool"), "ReduceMax"),
     ),
 )

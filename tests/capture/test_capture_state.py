@@ -224,17 +224,27 @@ def test_check_when_the_program_is_wrong_raises(monkeypatch: pytest.MonkeyPatch)
                 node.args = (node.args[0], 0.0, 0.5)
 
     monkeypatch.setattr(api, "normalize", broken)
-    with pytest.raises(CaptureError, match="output 0 of the program differs"):
-        capture(ConvNet(), X)
+    for example in (X, X[:1]):
+        with pytest.raises(CaptureError, match=r"output 0 of the program differs.*\(batch 2\).*defect of the capture"):
+            capture(ConvNet(), example)
 
 
-def test_check_when_batch_one_takes_another_path_raises() -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_check_when_batch_one_takes_another_path_raises(batch: int) -> None:
     class Squeeze(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if x.shape[0] > 1 else x * 3
 
-    with pytest.raises(CaptureError, match="dynamic_batch=False"):
-        capture(Squeeze(), torch.randn(2, 3))
+    with pytest.raises(CaptureError, match="batch 1.*dynamic_batch=False"):
+        capture(Squeeze(), torch.randn(batch, 3))
+    program = capture(Squeeze(), torch.ones(batch, 3), dynamic_batch=False)
+    assert torch.equal(program.module(torch.ones(batch, 3)), Squeeze()(torch.ones(batch, 3)))
+
+
+def test_capture_when_a_branch_depends_on_values_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match="torch.where"):
+        capture(Branch(), torch.randn(2, 3))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_kwargs_when_only_structured_inputs_are_given_keep_their_names() -> None:

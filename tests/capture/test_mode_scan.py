@@ -122,3 +122,76 @@ def test_plain_models_are_not_exported_twice() -> None:
     assert not may_depend_on_mode(plain)
     assert not may_depend_on_mode(Base())
     assert not may_depend_on_mode(residual())
+
+
+class AttentionNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x[:, None], x[:, None], x[:, None])[0]
+        return found
+
+
+class InBranch(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return F.dropout(x, 0.5) if self.training else x
+
+
+class InProbability(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), p=0.5 if self.training else 0.0)
+
+
+class OtherProbability(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.5 if self.training else 0.25, self.training)
+
+
+class InEvalOnly(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(super().forward(x), 0.5, not self.training)
+
+
+class Restored(Base):
+    """Dropout that capture restores, module and functional, and one that is always on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.alpha_dropout(F.dropout(self.drop(super().forward(x)), 0.3, self.training), 0.1, self.training)
+        x = F.dropout2d(x[:, :, None, None], 0.4, self.training)
+        return F.dropout(x, 0.5, training=True, inplace=True)
+
+
+def texts(model: nn.Module, kind: NoteKind) -> list[tuple[str, str]]:
+    return [(note.place, note.text) for note in capture(model, torch.randn(2, 4)).notes if note.kind is kind]
+
+
+@pytest.mark.parametrize(
+    ("model", "place", "text"),
+    [
+        (AttentionNet, "attention", "only in train mode: dropout(p=0.5)"),
+        (InBranch, "", "only in train mode: dropout(p=0.5)"),
+        (InProbability, "", "only in train mode: dropout(p=0.5)"),
+        (OtherProbability, "", "only in train mode: dropout(p=0.5); in eval mode instead: dropout(p=0.25)"),
+        (InEvalOnly, "", "only in train mode: dropout(p=0.5) switched off; in eval mode instead: dropout(p=0.5)"),
+    ],
+)
+def test_dropout_is_noted_when_only_one_mode_has_it(model: type[nn.Module], place: str, text: str) -> None:
+    assert texts(model(), NoteKind.LOST_IN_EVAL) == [(place, text)]
+
+
+def test_dropout_is_not_noted_when_capture_restores_it() -> None:
+    model = Restored()
+    assert may_depend_on_mode(model)
+    assert texts(model, NoteKind.LOST_IN_EVAL) == []
+
+
+def test_dropout_that_drops_nothing_in_eval_mode_is_not_called_active() -> None:
+    assert texts(InProbability(), NoteKind.OTHER) == []
+    assert any("active in eval mode" in text for _, text in texts(InEvalOnly(), NoteKind.OTHER))

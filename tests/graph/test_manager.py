@@ -136,6 +136,31 @@ def changes_target(program: Program, rewriter: Rewriter) -> None:
     program.target = Target.TENSORRT
 
 
+def names_target(program: Program, rewriter: Rewriter) -> None:
+    program.target = "tensorrt"  # type: ignore[assignment]  # the mistake under test
+
+
+def changes_name(program: Program, rewriter: Rewriter) -> None:
+    program.name = "mine"
+
+
+def replaces_root(program: Program, rewriter: Rewriter) -> None:
+    program.module = residual_program().module
+
+
+def freezes_weight(program: Program, rewriter: Rewriter) -> None:
+    for parameter in program.module.get_submodule("conv").parameters():
+        parameter.requires_grad_(False)
+
+
+def hooks_module(program: Program, rewriter: Rewriter) -> None:
+    program.module.get_submodule("bn").register_forward_hook(lambda module, args, output: output * 2.0)
+
+
+def hooks_root(program: Program, rewriter: Rewriter) -> None:
+    program.module.register_forward_pre_hook(lambda module, args: (args[0] * 2.0,))
+
+
 def replaces_graph(program: Program, rewriter: Rewriter) -> None:
     program.module.graph = fx.Graph()
 
@@ -162,8 +187,18 @@ FAULTS = [
     (changes_eps, "unrecorded edit: 'eps' of module 'bn' was changed from 0.001 to 1.0", "bn"),
     (replaces_module, "unrecorded edit: module 'bn' was changed", "bn"),
     (adds_module, "unrecorded edit: module 'fake_quants' was added", "fake_quants"),
-    (changes_stage, "unrecorded edit: stage or target", ""),
-    (changes_target, "unrecorded edit: stage or target", ""),
+    (changes_stage, "unrecorded edit: stage of the program was changed from captured to finalized", ""),
+    (changes_target, "unrecorded edit: target of the program was changed from Target.ONNXRUNTIME_X64 to", ""),
+    (names_target, "unrecorded edit: target of the program was changed from Target.ONNXRUNTIME_X64 to 'tensorrt'", ""),
+    (changes_name, "unrecorded edit: name of the program was changed from 'tiny' to 'mine'", ""),
+    (replaces_root, "unrecorded edit: the graph was replaced", ""),
+    (
+        freezes_weight,
+        "unrecorded edit: requires_grad of tensor 'conv.weight' was changed from True to False",
+        "conv.weight",
+    ),
+    (hooks_module, "unrecorded edit: hooks (forward_hooks) of module 'bn' were changed", "bn"),
+    (hooks_root, "unrecorded edit: hooks (forward_pre_hooks) of module '' were changed", ""),
     (replaces_graph, "unrecorded edit: the graph was replaced", ""),
     (edits_what_it_recorded_before, "unrecorded edit: args of node 'relu' was changed", "relu"),
 ]
@@ -197,7 +232,8 @@ def test_refused_pass_leaves_the_program_as_it_was(deed: Action) -> None:
     assert "the program was rolled back" in "".join(caught.value.__notes__)
     assert render(program) == text
     assert program.fingerprint() == fingerprint
-    assert (program.stage, program.target) == (Stage.CAPTURED, Target.ONNXRUNTIME_X64)
+    assert (program.stage, program.target, program.name) == (Stage.CAPTURED, Target.ONNXRUNTIME_X64, "tiny")
+    assert all(parameter.requires_grad for parameter in program.module.parameters())
     assert torch.equal(program.module(x), expected)
     run(program, lambda program, rewriter: None)
 
@@ -207,7 +243,66 @@ def test_refused_pass_says_which_values_are_lost(deed: Action) -> None:
     with pytest.raises(PassError) as caught:
         run(residual_program(), deed)
     path = "bn.running_mean" if deed is changes_statistics else "conv.weight"
-    assert f"values overwritten in place are lost: {path}" in "".join(caught.value.__notes__)
+    assert f"the old values of '{path}', overwritten in place without the rewriter, are lost" in str(caught.value)
+    assert str(caught.value).endswith("capture the model again.")
+    assert caught.value.node == path and caught.value.rendered.startswith("program 'tiny'")
+
+
+def test_interrupted_pass_that_overwrote_values_says_so() -> None:
+    def is_interrupted(program: Program, rewriter: Rewriter) -> None:
+        overwrites_weight(program, rewriter)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(residual_program(), is_interrupted)
+    assert "the old values of 'conv.weight'" in "".join(caught.value.__notes__)
+
+
+def test_buffer_made_differentiable_is_refused_and_detached() -> None:
+    def attaches(program: Program, rewriter: Rewriter) -> None:
+        program.module.get_buffer("bn.running_mean").mul_(program.module.get_parameter("fc.bias").sum())
+
+    program = residual_program()
+    with pytest.raises(PassError, match=r"tensor 'bn.running_mean' was changed.*are lost"):
+        run(program, attaches)
+    assert not program.module.get_buffer("bn.running_mean").requires_grad
+
+
+def test_requires_grad_and_hooks_changed_while_editing_are_accepted() -> None:
+    def edits(program: Program, rewriter: Rewriter) -> None:
+        with rewriter.editing("conv"):
+            freezes_weight(program, rewriter)
+        with rewriter.editing("bn"):
+            hooks_module(program, rewriter)
+
+    program = residual_program()
+    run(program, edits)
+    assert not program.module.get_parameter("conv.weight").requires_grad
+
+
+def test_hook_of_the_user_stays_when_a_pass_is_refused() -> None:
+    def unhooks(program: Program, rewriter: Rewriter) -> None:
+        handle.remove()
+
+    program = residual_program()
+    handle = program.module.get_submodule("bn").register_forward_hook(lambda module, args, output: output * 2.0)
+    x = torch.ones(2, 3, 8, 8)
+    expected = program.module(x)
+    with pytest.raises(PassError, match=r"hooks \(forward_hooks\) of module 'bn' were changed"):
+        run(program, unhooks)
+    assert torch.equal(program.module(x), expected)
+
+
+def test_program_that_cannot_be_printed_is_rolled_back_all_the_same() -> None:
+    def breaks(program: Program, rewriter: Rewriter) -> None:
+        program.module = "model"  # type: ignore[assignment]  # the mistake under test
+
+    program = residual_program()
+    text = render(program)
+    with pytest.raises(PassError, match="doing: ") as caught:
+        run(program, breaks)
+    assert caught.value.rendered.startswith("the graph cannot be printed: AttributeError")
+    assert render(program) == text
 
 
 def test_fake_quant_mode_changed_behind_the_rewriter_is_refused() -> None:
@@ -283,6 +378,21 @@ def test_error_in_a_pass_names_pass_and_node_and_shows_the_lines_around() -> Non
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert "> block_0_add = aten.add(block_0_conv, relu)" in "".join(caught.value.__notes__)
     assert caught.value.rendered == render(residual_program())
+
+
+@pytest.mark.parametrize(
+    "err, said",
+    [(ValueError("no luck"), "got ValueError: no luck."), (ValueError(), "got ValueError without a text.")],
+    ids=["text", "no text"],
+)
+def test_error_at_no_node_says_where_the_graph_is(err: ValueError, said: str) -> None:
+    def fails(program: Program, rewriter: Rewriter) -> None:
+        raise err
+
+    with pytest.raises(PassError) as caught:
+        run(residual_program(), fails)
+    remedy = "The graph as the pass left it is on `.rendered` of this error."
+    assert str(caught.value) == f"doing: the pass failed; {said} {remedy}"
 
 
 def test_fxquant_error_in_a_pass_keeps_its_parts() -> None:
@@ -432,8 +542,13 @@ def test_wrong_stage_is_refused_at_run() -> None:
 
 
 def test_pass_class_instead_of_pass_is_refused() -> None:
-    with pytest.raises(PassError, match="with brackets"):
+    with pytest.raises(PassError, match=r"Write Doing\(\), with brackets"):
         PassManager([Doing])  # type: ignore[list-item]  # the mistake under test
+
+
+def test_name_instead_of_pass_is_refused() -> None:
+    with pytest.raises(PassError, match=r"got 'fold-batch-norm'. Write FoldBatchNorm\(\), or name passes in a TOML"):
+        PassManager(["fold-batch-norm"])  # type: ignore[list-item]  # the mistake under test
 
 
 # Contracts

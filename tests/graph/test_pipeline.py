@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 from hypothesis import given
@@ -215,6 +215,54 @@ def test_wrong_file_is_refused_with_the_key(text: str, head: str, said: str) -> 
     with pytest.raises(ConfigError) as caught:
         parse(text, head)
     assert said in str(caught.value)
+
+
+def test_misspelt_catalogue_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("", "catalogue = 'their_passes:CATALGO'\n")
+    assert str(caught.value) == (
+        "catalogue 'their_passes:CATALGO' cannot be imported (mine.toml: catalogue); "
+        "got no 'CATALGO' in module 'their_passes'. Did you mean 'CATALOG'? Accepted: CATALOG."
+    )
+
+
+def test_catalogue_module_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raising_passes.py").write_text("CATALOG = {}\n1 / 0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(mine.toml: catalogue\); got ZeroDivisionError.*Mend 'raising_passes'"):
+        parse("", "catalogue = 'raising_passes:CATALOG'\n")
+
+
+MISTYPED: list[tuple[dict[str, Any], str]] = [
+    ({"flag": "yes"}, "option 'flag'; expected bool; got the str 'yes'"),
+    ({"flag": 1}, "option 'flag'; expected bool; got the int 1"),
+    ({"count": True}, "option 'count'; expected int; got the bool True"),
+    ({"count": 1.0}, "option 'count'; expected int; got the float 1.0"),
+    ({"ratio": "1"}, "option 'ratio'; expected float; got the str '1'"),
+    ({"word": None}, "option 'word'; expected str; got the NoneType None"),
+    ({"colour": "red"}, "option 'colour'; expected Colour; got the str 'red'"),
+    ({"names": "ab"}, "option 'names'; expected tuple[str, ...]; got the str 'ab'"),
+    ({"names": ("a", 1)}, "option 'names'; expected tuple[str, ...]; got the tuple ('a', 1)"),
+    ({"pair": (1.0,)}, "option 'pair'; expected tuple[float, float]"),
+    ({"maybe": "x"}, "option 'maybe'; expected int | None"),
+    ({"spec": 8}, "option 'spec'; expected QuantSpec; got the int 8"),
+    ({"inners": (Inner(1), 2)}, "option 'inners'; expected tuple[Inner, ...]"),
+    ({"inners": (Inner(1), Inner(2, "x"))}, "option 'inners[1].share'; expected float"),  # type: ignore[arg-type]
+    ({"either": 1.5}, "option 'either'; expected int | str"),
+    ({"choice": "c"}, "option 'choice'; expected Literal['a', 'b']"),
+    ({"table": {"one": "x"}}, "option 'table'; expected dict[str, int]"),
+]
+
+
+@pytest.mark.parametrize("options, said", MISTYPED, ids=[said.split(";")[0] for _, said in MISTYPED])
+def test_option_of_a_wrong_type_is_refused_when_the_list_is_built(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(PassError) as caught:
+        PassManager([Assign(**options)])
+    assert f"pass 'assign': {said}" in str(caught.value)
+
+
+def test_integer_is_accepted_where_a_float_is_wanted() -> None:
+    PassManager([Assign(ratio=2, pair=(0, 1))])
 
 
 def test_unknown_name_lists_the_packaged_pipelines() -> None:

@@ -252,6 +252,48 @@ def test_attention_is_left_alone_when_the_number_of_heads_is_symbolic() -> None:
     assert reasons(entry) == ["scaled_dot_product_attention not decomposed: the number of heads is symbolic"]
 
 
+class Products(nn.Module):
+    """baddbmm, and what reads it."""
+
+    def __init__(self, softmax: bool = True, **options: float) -> None:
+        super().__init__()
+        self.softmax, self.options = softmax, options
+
+    def forward(self, mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        scores = torch.baddbmm(mask, q, k, **self.options)
+        return torch.softmax(scores.unsqueeze(1) / 4, -1) if self.softmax else torch.tanh(scores)
+
+
+MASK_AND_PRODUCT = tuple(torch.randn(2, *size, generator=GENERATOR) for size in ((5, 5), (5, 8), (8, 5)))
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.25}, {"beta": 1.0, "alpha": 2}])
+def test_product_with_its_mask_built_in_becomes_a_product_and_a_sum(options: dict[str, float]) -> None:
+    model = Products(**options)
+    expected, program = output(model, *MASK_AND_PRODUCT), captured(model, *MASK_AND_PRODUCT)
+    assert reasons(run_pass(DecomposeAttention(), program)) == []
+    assert program.node("baddbmm_scores").target is aten.bmm.default
+    assert program.node("baddbmm").target is aten.add.Tensor
+    assert program.node("baddbmm").meta["float_reason"] == "attention mask"
+    assert ("baddbmm_scale" in str(program)) == (options.get("alpha", 1) != 1)
+    assert difference(program, expected, *MASK_AND_PRODUCT) < ROUNDING
+    compare(program.module, lower(program), MASK_AND_PRODUCT, atol=1e-6, rtol=1e-4)
+    assert not run_pass(DecomposeAttention(), program).edits
+
+
+def test_product_with_its_mask_built_in_is_left_alone_when_the_mask_is_scaled() -> None:
+    program = captured(Products(beta=0.5), *MASK_AND_PRODUCT)
+    entry = run_pass(DecomposeAttention(), program)
+    reason = "baddbmm not decomposed: beta=0.5, alpha=1: only a mask that is added as it is can be set apart"
+    assert reasons(entry) == [reason] and not entry.edits
+
+
+def test_product_with_something_added_is_left_alone_when_no_softmax_reads_it() -> None:
+    program = captured(Products(softmax=False), *MASK_AND_PRODUCT)
+    entry = run_pass(DecomposeAttention(), program)
+    assert not entry.edits and not entry.misses
+
+
 def test_twice_is_once() -> None:
     program = captured(Attention(**OPTIONS["causal"]), TOKENS)
     assert run_pass(DecomposeAttention(), program).edits
