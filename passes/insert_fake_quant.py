@@ -31,8 +31,8 @@ class InsertFakeQuant(Pass):
        FakeQuant each, whose grid follows the weight.
     4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
 
-    Refuses, by name, an activation wanted with two specs where the target merges such pairs; one wanted per channel, for
-    which no runtime has integer kernels; and values that are not float32. Contract: QUANTIZES.
+    Refuses, by name, an activation wanted with two specs where the target merges such pairs; one wanted per channel,
+    for which no runtime has integer kernels; and values that are not float32. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
