@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import runner
 from benchmarks.runner import Timings
+from fxquant.errors import StorageError
 
 
 def test_interleave_alternates_the_calls_and_drops_the_warmup() -> None:
@@ -59,7 +60,7 @@ def test_old_json_stays_when_writing_fails(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match="No space left"):
         runner.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(tmp_path) == ["figures.json"]
