@@ -224,8 +224,8 @@ def test_check_when_the_program_is_wrong_raises(monkeypatch: pytest.MonkeyPatch)
                 node.args = (node.args[0], 0.0, 0.5)
 
     monkeypatch.setattr(api, "normalize", broken)
-    for example in (X, X[:1]):
-        with pytest.raises(CaptureError, match=r"output 0 of the program differs.*\(batch 2\).*defect of the capture"):
+    for example, batch in ((X, 2), (X[:1], 3)):
+        with pytest.raises(CaptureError, match=rf"output 0 of .* differs.*\(batch {batch}\).*defect of the capture"):
             capture(ConvNet(), example)
 
 
