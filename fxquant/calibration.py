@@ -231,7 +231,7 @@ def _is_not_negative(tensor: torch.Tensor) -> torch.Tensor:
 def settle_biases(program: Program) -> None:
     """Raise the weight scales (per channel) at which a bias code would exceed 2^23, and note each layer that needed it.
 
-    int32 could hold more, but the accumulator adds the products to it (DESIGN: |b| / (sx * sw) <= 2^23).
+    int32 could hold more, but the accumulator adds the products to it: |b| / (sx * sw) <= 2^23.
     """
     for node, module in program.bias_nodes():
         bias, weight_quant = _source(node), module.sources[1]

@@ -35,7 +35,7 @@ def capture(
     dynamic_batch: bool = True,
     dynamic_shapes: Any = None,
 ) -> Program:
-    """Trace a model with torch.export and bring its graph to the normal form (DESIGN.md section 3).
+    """Trace a model with torch.export and bring its graph to the normal form.
 
     Arguments:
         model: an nn.Module (a GraphModule too) on any device, in any mode; it is not changed. Or an ExportedProgram.
