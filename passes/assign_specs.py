@@ -40,7 +40,8 @@ class AssignSpecs(Pass):
        one) stays in float together with the softmax where a second tensor comes in (a mask, a position bias), and so
        does the mask's own arithmetic: a mask holds -1e9 or -inf, from which no range can be read. The scores are
        quantized before the mask. Python numbers alone (a scale) are no mask. See passes/masks.py.
-    4. A relu or clip takes over the spec of the value that it reads.
+    4. A relu or clip takes over the spec of the value that it reads, but not that value's fixed range: what it gives
+       may lie outside, and its readers know of no range.
     5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
 
     Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float,
@@ -73,8 +74,8 @@ class AssignSpecs(Pass):
                 rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
                 continue
             self._assign(rewriter, node, definition, masked, constants)
-        _limit_outputs(program, rewriter)
         _spread_forward(program, rewriter, masked)
+        _limit_outputs(program, rewriter)
         _spread_backward(program, rewriter, masked)
 
     def _assign(

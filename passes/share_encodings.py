@@ -23,7 +23,7 @@ class ShareEncodings(Pass):
     1. Output of a grid-preserving operation (maximum pooling, reshape, slice ...): the input's FakeQuant, and its spec.
     2. Parts of a split, chunk or unbind: the FakeQuant of what was split.
     3. With `concat`: the inputs of a concatenation use the FakeQuant of its output (onnxruntime needs it not:
-       QLinearConcat joins any grids; other runtimes do).
+       QLinearConcat joins any grids; other runtimes do). What shared the grid of such an input follows it there.
 
     Declines, with the reason, where a concatenation's input has another spec, other readers' limits or shares already.
     Contract: PRESERVES (it only annotates).
@@ -46,6 +46,7 @@ class ShareEncodings(Pass):
                 self._pass_on(rewriter, node)
             elif role is Role.CONCAT and self.concat and output_spec(node) is not None:
                 self._join(rewriter, node)
+        _follow_chains(program, rewriter)
 
     def _pass_on(self, rewriter: Rewriter, node: fx.Node) -> None:
         source = node.args[0]
@@ -75,6 +76,17 @@ class ShareEncodings(Pass):
                 rewriter.miss(node, f"{value.name} keeps its grid: its spec is {specs[0] if specs else 'none'}")
             else:
                 rewriter.share_encoding(value, owner_of(node))
+
+
+def _follow_chains(program: Program, rewriter: Rewriter) -> None:
+    """Case 3: let whoever shares with a value that shares itself share with the last one of that chain."""
+    owners = {node.name: owner_of(node) for node in program.graph.nodes}
+    for node in program.graph.nodes:
+        owner = owners[node.name]
+        while owners.get(owner, owner) != owner:
+            owner = owners[owner]
+        if owner != owners[node.name]:
+            rewriter.share_encoding(node, owner)
 
 
 def _without_limits(spec: QuantSpec) -> QuantSpec:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fxquant.errors import CalibrationError
+from fxquant.numerics.codes import Grid
 from fxquant.numerics.estimators import make_estimator
 from fxquant.numerics.grids import grid_for_range
 from fxquant.numerics.rounding import along_axis, dequantize, fake_quantize, quantize
@@ -96,6 +97,17 @@ class FakeQuant(nn.Module):
         self.estimator.observe(x)
         self.compute_encoding()
 
+    def refresh(self, x: torch.Tensor) -> None:
+        """Bring a grid that follows its tensor up to date with it."""
+        if self.follows and self.mode is Mode.FAKE:
+            self.follow(x)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid as it is now: the buffers themselves."""
+        axis = self.spec.granularity.axis if self.scale.ndim else None
+        return Grid(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, axis)
+
     def forward(self, x: torch.Tensor, observe: bool = True) -> torch.Tensor:
         """Observe or quantize `x`, by mode; `observe=False` where another node owns the range."""
         if self.mode is Mode.OFF:
@@ -104,8 +116,7 @@ class FakeQuant(nn.Module):
             if observe:
                 self.estimator.observe(x)
             return x
-        if self.follows and self.mode is Mode.FAKE:
-            self.follow(x)
+        self.refresh(x)
         scale, zero_point = self.grid_for(x.ndim)
         return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
 
@@ -163,6 +174,13 @@ class BiasFakeQuant(nn.Module):
         axis = None if scale.ndim == 0 else 0
         spec = QuantSpec(BIAS_SPEC.bits, signed=True, symmetric=True, granularity=Granularity(axis))
         return Encoding(scale, torch.zeros_like(scale, dtype=torch.int64), spec)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid as it is now, where the parameters are."""
+        scale = self.scale
+        zero_point = torch.zeros_like(scale, dtype=torch.int64)
+        return Grid(scale, zero_point, BIAS_SPEC.qmin, BIAS_SPEC.qmax, 0 if scale.ndim else None)
 
     def codes(self, bias: torch.Tensor) -> torch.Tensor:
         """Integer codes (int32) of a bias of shape (channels,)."""

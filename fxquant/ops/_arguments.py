@@ -13,6 +13,7 @@ from torch import fx
 
 from fxquant.ops._emit import squeeze
 from fxquant.ops.base import Emitter, OpDef, Role, Writer
+from fxquant.ops.kernels import Kernel
 from fxquant.spec import Limits
 
 # onnxruntime's CPU kernels do arithmetic on 32 and 64 bits; torch's results on these are the same after a cast back.
@@ -171,6 +172,7 @@ def define(
     *onnx_types: str,
     output_range: Limits | None = None,
     since_opset: int = 13,
+    kernel: Kernel | None = None,
 ) -> OpDef:
     """An OpDef whose nodes are INDEX when their output is not of a floating dtype; `role` is for those that are."""
 
@@ -188,4 +190,5 @@ def define(
         onnx_types=onnx_types,
         output_range=output_range,
         since_opset=since_opset,
+        kernel=kernel,
     )

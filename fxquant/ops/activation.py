@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
-from fxquant.ops._arguments import axis_of, bind, computable, define, finish, input_as_output, operand, promoted
+from fxquant.numerics.codes import Grid
+from fxquant.numerics.kernels.softmax import overflow, softmax
+from fxquant.numerics.kernels.tables import leaky_relu, sigmoid
+from fxquant.ops._arguments import (
+    axis_of,
+    bind,
+    bind_first,
+    computable,
+    define,
+    finish,
+    input_as_output,
+    operand,
+    output_types,
+    promoted,
+    same_float_dtype,
+)
 from fxquant.ops._emit import unsqueeze
 from fxquant.ops.base import Emitter, OpDef, Role, Writer
 from fxquant.ops.elementwise import unary
+from fxquant.ops.kernels import GeneralKernel, UnaryKernel
 from fxquant.spec import Limits
 
 aten = torch.ops.aten
 
+SHORTEST_SYMBOLIC = 2  # capture takes a symbolic size to be above 1
 UNIT = Limits(0.0, 1.0)
 
 
@@ -66,8 +83,8 @@ def clip_role(node: fx.Node) -> Role:
 
 def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
     """Lowest and highest output of a relu or clip, or None if they are not constants."""
-    if node.target is aten.relu.default:
-        return 0.0, float("inf")
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return 0.0, float("inf") if node.target is aten.relu.default else 6.0
     low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))
     high: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("max", node.kwargs.get("max_val"))
     if node.target is aten.hardtanh.default:
@@ -184,6 +201,23 @@ def _softmax(op_type: str) -> Emitter:
     return emit
 
 
+def _why_cast(node: fx.Node) -> str:
+    """Why no integer kernel reads the input of `node`: it is cast first."""
+    return "" if same_float_dtype(bind_first(node), node) else "its input is cast first"
+
+
+def _softmax_codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+    x = args[0]
+    return softmax(x.integers, x.grid, out, axis_of(bind(node)["dim"], x.centred.ndim))
+
+
+def _softmax_overflows(node: fx.Node, operands: Sequence[Grid], out: Grid) -> str:
+    """A length that is not known now may be the shortest."""
+    shape = output_types(node)[0].shape
+    length = shape[axis_of(bind(node)["dim"], len(shape))] if shape else 1
+    return overflow(float(out.scale), length if isinstance(length, int) else SHORTEST_SYMBOLIC)
+
+
 def _emit_glu(node: fx.Node, w: Writer) -> ir.Value:
     axis = axis_of(bind(node)["dim"], len(w.shape(node)))
     half = w.shape(node)[axis]
@@ -222,12 +256,21 @@ ACTIVATION: tuple[OpDef, ...] = (
         Role.COMPUTE,
         _with("LeakyRelu", _alpha("negative_slope")),
         "LeakyRelu",
+        kernel=UnaryKernel("QLinearLeakyRelu", _why_cast, lambda node: leaky_relu(float(bind(node)["negative_slope"]))),
     ),
     define("prelu", [aten.prelu.default, aten._prelu_kernel.default], Role.FLOAT, _emit_prelu, "PRelu"),
     define("elu", [aten.elu.default], Role.FLOAT, _emit_elu, "Elu"),
     define("selu", [aten.selu.default], Role.FLOAT, unary("Selu"), "Selu"),
     define("celu", [aten.celu.default], Role.FLOAT, _with("Celu", _alpha("alpha")), "Celu"),
-    define("sigmoid", [aten.sigmoid.default], Role.FIXED_RANGE, unary("Sigmoid"), "Sigmoid", output_range=UNIT),
+    define(
+        "sigmoid",
+        [aten.sigmoid.default],
+        Role.FIXED_RANGE,
+        unary("Sigmoid"),
+        "Sigmoid",
+        output_range=UNIT,
+        kernel=UnaryKernel("QLinearSigmoid", _why_cast, lambda node: sigmoid),
+    ),
     define(
         "softmax",
         [aten.softmax.int, aten._softmax.default],
@@ -235,6 +278,7 @@ ACTIVATION: tuple[OpDef, ...] = (
         _softmax("Softmax"),
         "Softmax",
         output_range=UNIT,
+        kernel=GeneralKernel("QLinearSoftmax", _why_cast, _softmax_codes, overflows=_softmax_overflows),
     ),
     define("log_softmax", _LOG_SOFTMAXES, Role.FLOAT, _softmax("LogSoftmax"), "LogSoftmax"),
     define("tanh", [aten.tanh.default], Role.FLOAT, unary("Tanh"), "Tanh"),

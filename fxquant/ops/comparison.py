@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
+from fxquant.numerics.codes import Codes, Grid
+from fxquant.numerics.kernels.tables import number_codes, regrid
 from fxquant.ops._arguments import bind, computable, define, finish, is_float, operand, promoted, same_float_dtype
 from fxquant.ops.base import Emitter, OpDef, Role, Writer
+from fxquant.ops.kernels import GeneralKernel
 
 aten = torch.ops.aten
 
@@ -87,6 +91,35 @@ def where_role(node: fx.Node) -> Role:
     return Role.COMPUTE if both else Role.FLOAT
 
 
+def _why_no_where(node: fx.Node) -> str:
+    """Why onnxruntime selects in float; a Python number beside a tensor gets a grid of its own (number_codes)."""
+    bound = bind(node)
+    pair = (bound["self"], bound["value" if "value" in bound else "other"])
+    tensors = [value for value in pair if isinstance(value, fx.Node)]
+    if not tensors or not same_float_dtype(node, *tensors):
+        return "onnxruntime has QLinearWhere for two tensors of one dtype, or one and a number"
+    if len(tensors) == 1 and any(user.op != "call_module" for user in node.users):
+        return "onnxruntime quantizes its number only where a quantizer alone reads it"
+    return ""
+
+
+def _where_codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+    condition, chosen, other = args
+    return torch.where(condition.to(torch.bool), _regridded(chosen, out), _regridded(other, out))
+
+
+def _masked_fill_codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+    kept, mask, value = args
+    return torch.where(mask.to(torch.bool), _regridded(value, out), _regridded(kept, out))
+
+
+def _regridded(part: Any, out: Grid) -> torch.Tensor:
+    """Codes on the grid `out` of Codes or of a number."""
+    if isinstance(part, Codes):
+        return regrid(part.integers, part.grid, out)
+    return regrid(*number_codes(float(part), out.scale.device), out)
+
+
 def _comparison(name: str, short: str, op_type: str, *more: Any, negated: bool = False) -> OpDef:
     packet = getattr(aten, short)
     return define(name, [packet.Tensor, packet.Scalar, *more], Role.INDEX, _compare(op_type, negated=negated), op_type)
@@ -124,6 +157,14 @@ COMPARISON: tuple[OpDef, ...] = (
         where_role,
         _emit_where,
         "Where",
+        kernel=GeneralKernel("QLinearWhere", _why_no_where, _where_codes),
     ),
-    define("masked_fill", [aten.masked_fill.Scalar, aten.masked_fill.Tensor], Role.FLOAT, _emit_masked_fill, "Where"),
+    define(
+        "masked_fill",
+        [aten.masked_fill.Scalar, aten.masked_fill.Tensor],
+        Role.FLOAT,
+        _emit_masked_fill,
+        "Where",
+        kernel=GeneralKernel("QLinearWhere", _why_no_where, _masked_fill_codes),
+    ),
 )

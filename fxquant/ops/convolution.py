@@ -20,6 +20,7 @@ from torch import fx
 from fxquant.numerics.padded_convolution import PADDED_CONVOLUTION
 from fxquant.ops._emit import argument, optional_value
 from fxquant.ops.base import OpDef, Role, Writer
+from fxquant.ops.kernels import ProductKernel
 
 
 def is_transposed(node: fx.Node) -> bool:
@@ -75,6 +76,10 @@ def _output_padding(node: fx.Node, pads: list[int], writer: Writer) -> list[int]
     return extra
 
 
+def _declines(node: fx.Node) -> str:
+    return "onnxruntime has no integer kernel for ConvTranspose" if is_transposed(node) else ""
+
+
 CONVOLUTION: tuple[OpDef, ...] = (
     OpDef(
         name="convolution",
@@ -85,6 +90,7 @@ CONVOLUTION: tuple[OpDef, ...] = (
         weight=1,
         bias=2,
         channel_axis=_channel_axis,
+        kernel=ProductKernel("QLinearConv", _declines, left_axis=1, right_axis=1, channels=1, writes_float=False),
         role_of=_role,
         types_of=_onnx_types,
     ),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
+from fxquant.numerics.codes import Grid
+from fxquant.numerics.kernels.elementwise import add, multiply, overflow, scalar_is_first
 from fxquant.ops._arguments import (
     bind,
     computable,
@@ -17,10 +20,12 @@ from fxquant.ops._arguments import (
     identity,
     input_as_output,
     operand,
+    output_types,
     promoted,
     same_float_dtype,
 )
-from fxquant.ops.base import Emitter, OpDef, Role, Writer
+from fxquant.ops.base import Emitted, Emitter, OpDef, Role, Writer
+from fxquant.ops.kernels import PairKernel
 
 aten = torch.ops.aten
 
@@ -30,6 +35,49 @@ def tensors_role(node: fx.Node) -> Role:
     bound = bind(node)
     pair = list(bound.values())[:2]
     return Role.COMPUTE if same_float_dtype(*pair) and bound.get("alpha", 1) == 1 else Role.FLOAT
+
+
+def _why_no_pair(node: fx.Node) -> str:
+    """Why onnxruntime computes a sum or product in float; "" if in integers."""
+    return "" if tensors_role(node) is Role.COMPUTE else "onnxruntime has it for two tensors of one dtype, unscaled"
+
+
+def _is_emitted_reversed(node: fx.Node) -> bool:
+    """Whether a sum's second operand goes first, as it alone has the shape of the output.
+
+    QLinearAdd rounds its two operands differently, and takes a broadcast first operand for the second or not as its
+    layout will have it (numerics/kernels/elementwise.py). With the operand of full size first there is one order.
+    """
+    if tensors_role(node) is not Role.COMPUTE:
+        return False
+    first, second = (output_types(value)[0].shape for value in list(bind(node).values())[:2])
+    full = output_types(node)[0].shape
+    return first != full and second == full
+
+
+def add_is_reversed(node: fx.Node, first: Sequence[int], second: Sequence[int]) -> bool:
+    """Whether onnxruntime's QLinearAdd has the second operand of `node`, of shapes `first` and `second`, first.
+
+    Where both operands are broadcast, this is so before channels are put last.
+    """
+    reverses = _is_emitted_reversed(node)
+    return reverses != (scalar_is_first(second, first) if reverses else scalar_is_first(first, second))
+
+
+def _sum_overflows(node: fx.Node, operands: Sequence[Grid], out: Grid) -> str:
+    return overflow(sum(grid.reach for grid in operands), out)
+
+
+def _product_overflows(node: fx.Node, operands: Sequence[Grid], out: Grid) -> str:
+    return overflow(math.prod(grid.reach for grid in operands), out)
+
+
+def _emit_add(node: fx.Node, w: Writer) -> Emitted:
+    if not _is_emitted_reversed(node):
+        return _emit_plain_add(node, w)
+    left, right = list(bind(node).values())[:2]
+    result: ir.Value = w.op("Add", [w.value(right), w.value(left)])
+    return result
 
 
 def binary(op_type: str) -> Emitter:
@@ -43,6 +91,9 @@ def binary(op_type: str) -> Emitter:
         return finish(node, w, w.op(op_type, [operand(w, left, dtype), second]), dtype)
 
     return emit
+
+
+_emit_plain_add = binary("Add")
 
 
 def _scaled(w: Writer, value: Any, alpha: Any, dtype: torch.dtype) -> ir.Value:
@@ -221,8 +272,22 @@ def _unaries() -> tuple[OpDef, ...]:
 _FLOOR_DIVIDES = (aten.floor_divide.default, aten.floor_divide.Scalar)
 
 ELEMENTWISE: tuple[OpDef, ...] = (
-    define("add", [aten.add.Tensor, aten.add.Scalar], tensors_role, binary("Add"), "Add"),
-    define("multiply", [aten.mul.Tensor, aten.mul.Scalar], tensors_role, binary("Mul"), "Mul"),
+    define(
+        "add",
+        [aten.add.Tensor, aten.add.Scalar],
+        tensors_role,
+        _emit_add,
+        "Add",
+        kernel=PairKernel("QLinearAdd", _why_no_pair, add, add_is_reversed, overflows=_sum_overflows),
+    ),
+    define(
+        "multiply",
+        [aten.mul.Tensor, aten.mul.Scalar],
+        tensors_role,
+        binary("Mul"),
+        "Mul",
+        kernel=PairKernel("QLinearMul", _why_no_pair, multiply, overflows=_product_overflows),
+    ),
     define("subtract", [aten.sub.Tensor, aten.sub.Scalar], Role.FLOAT, binary("Sub"), "Sub"),
     define("reverse_subtract", [aten.rsub.Tensor, aten.rsub.Scalar], Role.FLOAT, _emit_rsub, "Sub"),
     define(

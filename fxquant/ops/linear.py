@@ -16,6 +16,7 @@ from torch import fx
 
 from fxquant.ops._emit import argument, optional_value, reshape
 from fxquant.ops.base import OpDef, Role, Writer
+from fxquant.ops.kernels import ProductKernel
 
 aten = torch.ops.aten
 
@@ -54,6 +55,10 @@ def _role_of_addmm(node: fx.Node) -> Role:
     bias = node.args[0]
     is_vector = isinstance(bias, fx.Node) and _rank(bias) == 1
     return Role.WEIGHTED if _has_weight(node, 2) and is_vector and not _is_scaled(node) else Role.FLOAT
+
+
+def _why_addmm_declines(node: fx.Node) -> str:
+    return "" if _role_of_addmm(node) is Role.WEIGHTED else "QGemm has neither alpha nor beta, and a bias vector only"
 
 
 def _weight_of_addmm(node: fx.Node) -> int | None:
@@ -133,6 +138,7 @@ LINEAR: tuple[OpDef, ...] = (
         weight=1,
         bias=2,
         channel_axis=lambda node: 0,
+        kernel=ProductKernel("QGemm", right_axis=-1),
     ),
     OpDef(
         name="addmm",
@@ -143,6 +149,7 @@ LINEAR: tuple[OpDef, ...] = (
         weight=2,
         bias=0,
         channel_axis=lambda node: 1,
+        kernel=ProductKernel("QGemm", _why_addmm_declines, left=1, right=2, optional_bias=False),
         role_of=_role_of_addmm,
         weight_of=_weight_of_addmm,
     ),
@@ -153,6 +160,7 @@ LINEAR: tuple[OpDef, ...] = (
         emit=_emit_product,
         onnx_types=("MatMul",),
         channel_axis=lambda node: 1,
+        kernel=ProductKernel("QLinearMatMul"),
         role_of=_role_of_product,
         weight_of=_weight_of_product,
     ),

@@ -18,6 +18,7 @@ between Q/DQ.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,11 +29,16 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
+from fxquant.numerics.codes import Grid
+from fxquant.numerics.kernels.elementwise import overflow
+from fxquant.numerics.kernels.pooling import PoolWindows, average_pool, global_average_pool, global_overflow
 from fxquant.ops._arguments import bind, ints, output_types, static_shape
 from fxquant.ops._emit import argument, full_rank, reduce, squeeze, unsqueeze
 from fxquant.ops.base import OpDef, Role, Writer
+from fxquant.ops.kernels import GeneralKernel
 
 aten = torch.ops.aten
+_MOST_ELEMENTS = 2**24  # of an input of unknown size
 _MAX = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _AVERAGE = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 _ADAPTIVE_AVERAGE = (
@@ -146,6 +152,31 @@ def _padded(writer: Writer, x: ir.Value, padding: Sequence[int], node: fx.Node) 
     return value
 
 
+def _why_no_average(node: fx.Node) -> str:
+    """Why an average pooling has no integer kernel, as far as sizes are known."""
+    if bind(node).get("divisor_override") is not None:
+        return "AveragePool has no divisor_override"
+    windows, sizes = _windows(node), static_shape(_input_sizes(node))
+    counts_padding = bool(argument(node, "count_include_pad")) and any(windows.padding)
+    if not counts_padding or sizes is None or windows.end_padding(sizes) == windows.padding:
+        return ""
+    return "its padding is a node of its own, as ceil_mode adds to it what does not count"
+
+
+def _input_sizes(node: fx.Node) -> tuple[int | str, ...]:
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    return output_types(x)[0].shape[-_SPATIAL[node.target] :]
+
+
+def _average_codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+    x, windows = args[0], _windows(node)
+    pads = (*windows.padding, *windows.end_padding(x.centred.shape[-len(windows.kernel) :]))
+    counts_padding = bool(argument(node, "count_include_pad")) and any(windows.padding)
+    pool = PoolWindows(windows.kernel, windows.stride, pads, counts_padding)
+    return average_pool(x.integers, x.grid, out, pool)
+
+
 def _unknown_ceiling(node: fx.Node, writer: Writer) -> Exception:
     sizes = _spatial_sizes(node, writer)
     remedy = "Capture with fixed spatial sizes, or pool with ceil_mode=False."
@@ -201,10 +232,7 @@ def _uneven(writer: Writer, x: ir.Value, axis: int, bounds: Sequence[tuple[int, 
 
 def _is_uneven(node: fx.Node) -> bool:
     """Whether the windows of an adaptive pooling differ in size along some axis, as far as sizes are known."""
-    x = node.args[0]
-    assert isinstance(x, fx.Node)
-    axes = _SPATIAL[node.target]
-    pairs = zip(output_types(x)[0].shape[-axes:], full_rank(argument(node, "output_size"), axes), strict=True)
+    pairs = zip(_input_sizes(node), full_rank(argument(node, "output_size"), _SPATIAL[node.target]), strict=True)
     return any(
         isinstance(size, int) and isinstance(count, int) and adaptive_windows(size, count) is None
         for size, count in pairs
@@ -217,6 +245,29 @@ def _adaptive_role(role: Role) -> Callable[[fx.Node], Role]:
 
 def _adaptive_types(even: tuple[str, ...], uneven: str) -> Callable[[fx.Node], tuple[str, ...]]:
     return lambda node: (uneven,) if _is_uneven(node) else even
+
+
+def _why_no_adaptive_average(node: fx.Node) -> str:
+    return "its windows differ in size: each is a mean of its own" if _is_uneven(node) else ""
+
+
+def _adaptive_average_codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+    x, axes = args[0], _SPATIAL[node.target]
+    counts = full_rank(argument(node, "output_size"), axes)
+    if all(count == 1 for count in counts):
+        return global_average_pool(x.integers, x.grid, out, axes)
+    windows = [adaptive_windows(*pair) for pair in zip(x.centred.shape[-axes:], counts, strict=True)]
+    kernel, stride = zip(*(window for window in windows if window is not None), strict=True)
+    return average_pool(x.integers, x.grid, out, PoolWindows(kernel, stride, (0,) * (2 * axes)))
+
+
+def _mean_overflows(node: fx.Node, operands: Sequence[Grid], out: Grid) -> str:
+    """Of the kernel for global averages, which a window of the whole input is too; of sizes that are not known, any."""
+    (grid,) = operands
+    sizes = static_shape(_input_sizes(node))
+    count = 0 if sizes is None else math.prod(sizes)
+    means = global_overflow(grid, out, count or 1, count or _MOST_ELEMENTS)
+    return means or overflow(grid.reach, out)
 
 
 def _emit_adaptive_average_pool(node: fx.Node, writer: Writer) -> ir.Value:
@@ -233,13 +284,23 @@ def _emit_adaptive_max_pool(node: fx.Node, writer: Writer) -> tuple[ir.Value]:
 
 POOLING: tuple[OpDef, ...] = (
     OpDef(name="max_pool", targets=_MAX, role=Role.GRID_PRESERVING, emit=_emit_max_pool, onnx_types=("MaxPool",)),
-    OpDef(name="avg_pool", targets=_AVERAGE, role=Role.COMPUTE, emit=_emit_average_pool, onnx_types=("AveragePool",)),
+    OpDef(
+        name="avg_pool",
+        targets=_AVERAGE,
+        role=Role.COMPUTE,
+        emit=_emit_average_pool,
+        onnx_types=("AveragePool",),
+        kernel=GeneralKernel("QLinearAveragePool", _why_no_average, _average_codes, overflows=_mean_overflows),
+    ),
     OpDef(
         name="adaptive_avg_pool",
         targets=_ADAPTIVE_AVERAGE,
         role=Role.COMPUTE,
         emit=_emit_adaptive_average_pool,
         onnx_types=("GlobalAveragePool", "AveragePool"),
+        kernel=GeneralKernel(
+            "QLinearAveragePool", _why_no_adaptive_average, _adaptive_average_codes, overflows=_mean_overflows
+        ),
         role_of=_adaptive_role(Role.COMPUTE),
         types_of=_adaptive_types(("GlobalAveragePool", "AveragePool"), "ReduceMean"),
     ),

@@ -6,13 +6,15 @@ Reshape gets a constant shape wherever at most one size has to be inferred: onnx
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from torch import fx
 
+from fxquant.numerics.codes import Grid
+from fxquant.numerics.kernels.tables import regrid
 from fxquant.ops._arguments import (
     MAX_INT,
     axis_of,
@@ -22,6 +24,7 @@ from fxquant.ops._arguments import (
     ints,
     operand,
     output_types,
+    same_float_dtype,
     scalar,
 )
 from fxquant.ops._emit import axes_of, squeeze, unsqueeze
@@ -30,6 +33,7 @@ from fxquant.ops._rearrange import REARRANGE
 from fxquant.ops._reshape import RESHAPE
 from fxquant.ops._sizes import SIZES
 from fxquant.ops.base import OpDef, Role, Writer
+from fxquant.ops.kernels import GeneralFormula, GeneralKernel
 
 aten = torch.ops.aten
 KEEPS = Role.GRID_PRESERVING
@@ -212,6 +216,22 @@ def _emit_stack(node: fx.Node, w: Writer) -> ir.Value:
     return result
 
 
+def _why_not_joined(node: fx.Node) -> str:
+    """Why onnxruntime joins the tensors in float; "" if it joins codes."""
+    tensors = bind(node)["tensors"]
+    if not same_float_dtype(*tensors, node):
+        return "some of its inputs are cast first"
+    ranks = {len(output_types(x)[0].shape) for x in tensors}
+    return "" if len(ranks) == 1 else "some of its inputs are empty"
+
+
+def _joined_codes(join: Callable[[list[torch.Tensor], int], torch.Tensor]) -> GeneralFormula:
+    def codes(node: fx.Node, args: Sequence[Any], out: Grid) -> torch.Tensor:
+        return join([regrid(x.integers, x.grid, out) for x in args[0]], bind(node)["dim"])
+
+    return codes
+
+
 _SPLITS = (aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.chunk.default)
 _KEEPING_SEVERAL = frozenset({*_SPLITS, aten.unbind.int, aten.max.dim, aten.min.dim})
 _CATS = (aten.cat.default, aten.concat.default, aten.concatenate.default)
@@ -233,8 +253,22 @@ SHAPE: tuple[OpDef, ...] = (
     define("unbind", [aten.unbind.int], KEEPS, _emit_unbind, "Gather"),
     define("split", _SPLITS, KEEPS, _emit_split, "Split"),
     define("getitem", [operator.getitem], getitem_role, _emit_getitem),
-    define("concat", _CATS, Role.CONCAT, _emit_cat, "Concat"),
-    define("stack", [aten.stack.default], Role.CONCAT, _emit_stack, "Concat"),
+    define(
+        "concat",
+        _CATS,
+        Role.CONCAT,
+        _emit_cat,
+        "Concat",
+        kernel=GeneralKernel("QLinearConcat", _why_not_joined, _joined_codes(torch.cat)),
+    ),
+    define(
+        "stack",
+        [aten.stack.default],
+        Role.CONCAT,
+        _emit_stack,
+        "Concat",
+        kernel=GeneralKernel("QLinearConcat", _why_not_joined, _joined_codes(torch.stack)),
+    ),
     *PADDING,
     *REARRANGE,
     *SIZES,

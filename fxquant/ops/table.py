@@ -11,6 +11,7 @@ from fxquant.ops.convolution import CONVOLUTION
 from fxquant.ops.creation import CREATION
 from fxquant.ops.elementwise import ELEMENTWISE
 from fxquant.ops.embedding import EMBEDDING
+from fxquant.ops.float_forms import with_float_forms
 from fxquant.ops.indexing import INDEXING
 from fxquant.ops.linear import LINEAR
 from fxquant.ops.normalization import NORMALIZATION
@@ -20,7 +21,8 @@ from fxquant.ops.resize import RESIZE
 from fxquant.ops.shape import SHAPE
 
 TABLE: OpTable = table_of(
-    (
+    with_float_forms(family)
+    for family in (
         CONVOLUTION,
         LINEAR,
         POOLING,

@@ -52,6 +52,23 @@ def test_float_operation_declines_with_its_reason() -> None:
     assert "no integer kernel" in program.node("norm").meta["float_reason"]
 
 
+@pytest.mark.parametrize("low", [0.0, 2.0])
+def test_clip_behind_a_fixed_range_wants_what_its_reader_wants(low: float) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.fc(torch.clamp(torch.sigmoid(x).reshape(-1, 2, 2).flatten(1), low, 3.0))
+            return found
+
+    program = captured(Net(), torch.randn(2, 4))
+    fxquant.load_pipeline("int8_per_channel").prepare(program)
+    limits = program.fake_quant(program.node("clamp_fq")).spec.limits  # type: ignore[union-attr]
+    assert limits.high is None or limits.high > 1.0, "a clip from 2 on gives what the sigmoid cannot"
+
+
 def test_outputs_are_preserved_bit_for_bit() -> None:
     model = residual()
     program = captured(model, IMAGE)

@@ -97,6 +97,15 @@ def test_scale_is_folded_into_the_layer_that_makes_the_query() -> None:
     assert torch.equal(program.module.get_parameter("k.weight"), model.k.weight)
 
 
+def test_scale_is_folded_when_heads_are_unflattened() -> None:
+    class Unflattened(Attention):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            q, k, v = (part(x).unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+            return F.scaled_dot_product_attention(q, k, v)
+
+    assert "scaled_dot_product_attention_scale" not in _parts(_decomposed(Unflattened(), TOKENS))
+
+
 def test_scale_multiplies_the_query_when_not_to_be_folded() -> None:
     program = _decomposed(Attention(), TOKENS, fold_scale=False)
     assert program.node("scaled_dot_product_attention_scale").args[1] == 0.25

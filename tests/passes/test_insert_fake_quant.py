@@ -52,6 +52,16 @@ class Tied(nn.Module):
         return found
 
 
+def test_value_named_like_an_attribute_of_modules_gets_a_fake_quant() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x > 0).float() * x
+
+    program = before(InsertFakeQuant, Masked(), IMAGE)
+    run_pass(InsertFakeQuant(), program)
+    assert program.fake_quant(program.node("to_fq")) is program.module.get_submodule("fake_quants.to_")
+
+
 def test_tied_weight_wanted_with_two_specs_gets_two_fake_quants() -> None:
     program = captured(Tied(), torch.randn(2, 6))
     four = QuantSpec(bits=4, signed=True, symmetric=True)

@@ -26,6 +26,14 @@ class Concat(nn.Module):
         return self.last(first) + second  # type: ignore[no-any-return]  # nn.Module calls are untyped
 
 
+class Nested(nn.Module):
+    """A concatenation of concatenations, one of them of a value and a part of it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = torch.cat([x, x[:, :1]], 1)
+        return torch.cat([inner, inner], 1)
+
+
 def owners(program_nodes: object) -> dict[str, str]:
     return {n.name: n.meta["shares_encoding_with"] for n in program_nodes if "shares_encoding_with" in n.meta}  # type: ignore[attr-defined]
 
@@ -49,6 +57,12 @@ def test_concat_shares_on_request_and_declines_another_spec_with_the_reason() ->
     assert owners(program.graph.nodes)["left"] == "cat"
     assert "relu" not in owners(program.graph.nodes)
     assert [reason for reason in reasons(entry) if reason.startswith("relu keeps its grid: its spec is u8")]
+
+
+def test_values_share_with_the_last_concat_when_concats_are_nested() -> None:
+    program = before(ShareEncodings, Nested(), IMAGE)
+    run_pass(ShareEncodings(concat=True), program)
+    assert owners(program.graph.nodes) == {"x": "cat_1", "slice_1": "cat_1", "cat": "cat_1"}
 
 
 def test_shared_values_call_one_fake_quant_that_observes_once() -> None:
