@@ -1,83 +1,169 @@
 """Where onnxruntime would silently rewrite a graph, and a barrier prevents it.
 
 A barrier is a Max of one input: it computes nothing, and no transformer of onnxruntime 1.31.1 sees through it (an
-Identity is removed). Each case was measured, onnxruntime at level ALL against none (test_barriers.py repeats it):
+Identity is removed). What is asked is asked of the ONNX nodes as they are written, because what rewrites them sees no
+others: dropout is an Identity there, a quantizer that is off is nothing. Each case was measured, onnxruntime at level
+ALL against none (tests/lowering/test_barriers.py repeats it):
 
 1. WeightBiasQuantization makes int8 of the float weight, and int32 of the float bias, of a layer between
-   DequantizeLinear and QuantizeLinear: 10 % of the values moved. Barrier before the QuantizeLinear.
-2. DequantizeLinear -> MatMul with a float input becomes MatMulNBits, which quantizes that input to 8 bits: all values
-   moved. Barrier behind the DequantizeLinear.
-3. DoubleQDQPairsRemover merges two quantizers in a row into one: 99 % of the values moved. Barrier between them.
-4. QLinearSoftmax multiplies exponentials of up to FLT_MAX / (e^5 length) by floor(1 / output scale): where that exceeds
-   e^5 length (near-uniform attention, whose grid is fine) it overflows, and codes are up to 255 off. Barrier before the
-   QuantizeLinear, so that the softmax runs in float.
+   DequantizeLinear and QuantizeLinear: 10 to 40 % of the codes moved. The layer may be reached through what is folded
+   into it first (a pad in front; a product, sum or batch norm with constants behind), and through what the codes are
+   moved across (Reshape, MaxPool ...). Barrier before the QuantizeLinear.
+2. DequantizeLinear -> MatMul, or Gemm without transB, with a float input becomes MatMulNBits, which quantizes that
+   input to 8 bits: all values moved. An input on a grid counts as float behind an operation that onnxruntime does not
+   move codes across (Gather, Flatten, Relu ...). Barrier behind the DequantizeLinear.
+3. DoubleQDQPairsRemover merges two quantizers in a row into one, also where what lay between them vanished (Identity,
+   sums with 0, transpositions that cancel): 99 % of the values moved. Barrier between them.
+4. Integer kernels that overflow on the grids that they are given (Kernel.overflows). QLinearSoftmax multiplies
+   exponentials of up to FLT_MAX / (e^5 length) by floor(1 / output scale): where that exceeds e^5 length (near-uniform
+   attention, whose grid is fine) codes are up to 255 off. QLinearAdd and QLinearMul convert to int32 before they
+   saturate: beyond 2^31 steps of the output the lowest code comes out instead of the highest. QLinearGlobalAveragePool
+   does not run outside a range of its multiplier. Barrier before the QuantizeLinear, so that they run in float.
+5. PadFusion makes a Pad with zeros part of the pool behind it. A MaxPool then pads with -inf (half of the values wrong
+   where they are negative), a padded AveragePool in ceil mode gets another shape, and one without becomes an integer
+   kernel that no program says. Barrier before the pool.
+
+A barrier where none is needed costs one Max: what is looked through here runs in float in any case.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from torch import fx
 
-from fxquant.graph.program import value_type
-from fxquant.lowering.scene import Layer, Scene
+from fxquant.graph.program import input_slots, value_type
+from fxquant.lowering.scene import Scene
+from fxquant.numerics.codes import Grid
+from fxquant.ops.base import Role
+from fxquant.ops.kernels import ProductKernel
 from fxquant.spec import Encoding
 
-SOFTMAX_HEADROOM = 0.99 * math.exp(5.0)  # times length: largest 1 / output scale of QLinearSoftmax
-SHORTEST_SYMBOLIC = 2  # capture takes a symbolic size to be above 1
-_REARRANGE = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Gather"})
+_LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
+_POOLS = frozenset({"MaxPool", "AveragePool"})
+_FOLDED = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})  # with constants, into the layer in front
+_REMOVED = frozenset({"Identity", "Dropout", "Cast"})
+_MOVED_ACROSS = frozenset({"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice"})  # DequantizeLinear is
+_VANISHING = _REMOVED | _MOVED_ACROSS | _FOLDED | {"Expand", "Flatten", "Gather"}
 
 
-def needs_barrier_before_quantizer(node: fx.Node, scene: Scene) -> bool:
-    """Whether a barrier belongs before the QuantizeLinear of `node`, an activation's FakeQuant (cases 1, 3 and 4)."""
+def needs_barrier_before_quantizer(real: ir.Value, grid: Sequence[ir.Value], node: fx.Node, scene: Scene) -> bool:
+    """Whether a barrier belongs before the QuantizeLinear of an activation's FakeQuant (cases 1, 3 and 4).
+
+    Arguments:
+        real: what it will read.
+        grid: its scale and zero point, initializers.
+        node: the FakeQuant node.
+        scene: its program.
+    """
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if scene.is_activation_quantizer(source):
-        return not scene.encodings.encoding(source).same_grid(scene.encodings.encoding(node))
-    if _overflows_in_softmax(source, scene.encodings.encoding(node), scene):
-        return True
-    layer = scene.layer(scene.origin(source))
-    return layer is not None and scene.is_quantized(layer.x) and _has_float_parameter(layer, scene)
+    return (
+        _shows_float_parameter(real)
+        or _repeats_quantizer(real, grid)
+        or _overflows(source, scene.encodings.encoding(node), scene)
+    )
 
 
-def needs_barrier_behind_weight(product: ir.Node) -> bool:
-    """Whether a barrier belongs before the second input of an ONNX node, because it is a product of case 2."""
-    if product.op_type != "MatMul":
+def input_to_guard(node: ir.Node) -> int | None:
+    """Which input of an ONNX node a barrier belongs before (cases 2 and 5); None for most."""
+    if node.op_type in _PRODUCTS and _reads_weight_alone(node):
+        return 1
+    if node.op_type in _POOLS and _is_padded(node.inputs[0]):
+        return 0
+    return None
+
+
+def _reads_weight_alone(product: ir.Node) -> bool:
+    """Case 2."""
+    transposed = product.attributes.get("transB")
+    if transposed is not None and transposed.as_int():
         return False
-    left, right = product.inputs
-    return _is_dequantized_constant(right) and not _is_dequantized(left)
-
-
-def _overflows_in_softmax(node: fx.Node, encoding: Encoding, scene: Scene) -> bool:
-    """Case 4; a length that is not known now may be the shortest."""
-    definition = scene.definition(node)
-    if definition is None or "Softmax" not in definition.types_for(node):
+    left, right = product.inputs[:2]
+    weight = _dequantizer(right, _REMOVED | {"Transpose"})
+    if weight is None or weight.inputs[0] is None or weight.inputs[0].const_value is None:
         return False
-    x, axis, kind = node.args[0], node.args[1], value_type(node)
-    assert isinstance(x, fx.Node) and isinstance(axis, int) and kind is not None
-    if not kind.shape or not scene.is_quantized(x):
-        return False
-    length = kind.shape[axis]
-    known = length if isinstance(length, int) else SHORTEST_SYMBOLIC
-    return 1.0 / float(encoding.scale) > SOFTMAX_HEADROOM * known
+    return _dequantizer(left, _REMOVED | _MOVED_ACROSS) is None
 
 
-def _is_dequantized_constant(value: ir.Value | None) -> bool:
-    producer = None if value is None else value.producer()
-    codes = None if producer is None or producer.op_type != "DequantizeLinear" else producer.inputs[0]
-    return codes is not None and codes.const_value is not None
-
-
-def _is_dequantized(value: ir.Value | None) -> bool:
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type not in _REARRANGE:
-            return producer.op_type == "DequantizeLinear"
-        value = producer.inputs[0]
+def _shows_float_parameter(real: ir.Value) -> bool:
+    """Case 1: a layer with a parameter in float, its input on a grid, is what `real` comes from."""
+    is_found = False
+    for node in _chain(real):
+        if node.op_type in _LAYERS:
+            return (is_found or any(map(_is_float_constant, node.inputs[1:]))) and _is_on_grid(node.inputs[0])
+        is_found = is_found or (node.op_type in _FOLDED and any(map(_is_float_constant, node.inputs)))
     return False
 
 
-def _has_float_parameter(layer: Layer, scene: Scene) -> bool:
-    if not scene.is_quantizer(layer.weight):
-        return True
-    return layer.bias is not None and scene.program.bias_fake_quant(layer.bias) is None
+def _is_padded(value: ir.Value | None) -> bool:
+    """Case 5."""
+    types = (node.op_type for node in _chain(value) if node.op_type not in _REMOVED)
+    return next(types, "") == "Pad"
+
+
+def _is_on_grid(value: ir.Value | None) -> bool:
+    """Whether `value` is dequantized codes, but for operations that may be folded into the layer behind (a Pad)."""
+    for node in _chain(value):
+        if node.op_type in _LAYERS:
+            return False
+        if node.op_type == "DequantizeLinear":
+            return True
+    return False
+
+
+def _repeats_quantizer(real: ir.Value, grid: Sequence[ir.Value]) -> bool:
+    """Case 3: `real` is on another grid already."""
+    found = _dequantizer(real, _VANISHING)
+    return found is not None and not all(map(_is_same_constant, found.inputs[1:], grid))
+
+
+def _overflows(node: fx.Node, encoding: Encoding, scene: Scene) -> bool:
+    """Case 4."""
+    while scene.role(node) is Role.ACTIVATION and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    definition = scene.definition(node)
+    if definition is None or definition.kernel is None or isinstance(definition.kernel, ProductKernel):
+        return False
+    sources = [source for source in input_slots(node) if (kind := value_type(source)) is not None and kind.is_float]
+    quantizers = [scene.quantizer_of(source) for source in sources]
+    encodings = [encoding, *(scene.encodings.encoding(found) for found in quantizers if found is not None)]
+    if None in quantizers or any(each.scale.ndim for each in encodings):
+        return False  # no integer kernel
+    out, *operands = (Grid(each.scale, each.zero_point, each.spec.qmin, each.spec.qmax) for each in encodings)
+    return bool(definition.kernel.overflows(node, operands, out))
+
+
+def _dequantizer(value: ir.Value | None, through: frozenset[str]) -> ir.Node | None:
+    """The DequantizeLinear that `value` comes from, perhaps through operations of the types `through`."""
+    for node in _chain(value):
+        if node.op_type == "DequantizeLinear":
+            return node
+        if node.op_type not in through:
+            return None
+    return None
+
+
+def _chain(value: ir.Value | None) -> Iterator[ir.Node]:
+    """The nodes that `value` comes from, the last one first: to a DequantizeLinear, or to what has several inputs."""
+    while value is not None and (node := value.producer()) is not None:
+        yield node
+        if node.op_type == "DequantizeLinear":
+            return
+        varying = [item for item in node.inputs if item is not None and item.const_value is None]
+        if len(varying) != 1 and node.op_type not in _MOVED_ACROSS | {"Expand"}:  # whose others are sizes
+            return
+        value = node.inputs[0] if len(varying) != 1 else varying[0]
+
+
+def _is_float_constant(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and value.const_value.dtype.is_floating_point()
+
+
+def _is_same_constant(one: ir.Value | None, other: ir.Value) -> bool:
+    if one is None or one.const_value is None or other.const_value is None:
+        return False
+    return np.array_equal(one.const_value.numpy(), other.const_value.numpy())

@@ -47,7 +47,7 @@ def _emit_activation(node: fx.Node, source: fx.Node, writer: GraphWriter) -> ir.
         axis = encoding.spec.granularity.axis % len(writer.shape(source))
     grid = [writer.constant(encoding.scale.numpy()), writer.constant(encoding.zero_point.numpy().astype(dtype))]
     real = writer.value(source)
-    if writer.is_guarded and needs_barrier_before_quantizer(node, writer.scene):
+    if writer.is_guarded and needs_barrier_before_quantizer(real, grid, node, writer.scene):
         real = writer.barrier(real, source.name)
     is_narrow = (encoding.spec.qmin, encoding.spec.qmax) != (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if is_narrow and dtype.itemsize > 1:
@@ -81,22 +81,33 @@ def _clip_reals(real: ir.Value, source: fx.Node, encoding: Encoding, writer: Gra
 def is_left_to_quantizer(node: fx.Node, writer: GraphWriter) -> bool:
     """Whether a relu or clip need not be written, because the quantizer that alone reads it clips as much.
 
-    Only behind a linear of rank above 2, a Gemm between two Reshapes: there onnxruntime 1.31.1 removes the Relu too
-    late for the QuantizeLinear to move up to the Gemm, which then gives floats.
+    onnxruntime 1.31.1 removes such an activation itself, and runs what is in front on integers, but for two cases:
+
+    1. Behind a linear of rank above 2, a Gemm between two Reshapes, it removes the Relu too late for the
+       QuantizeLinear to move up to the Gemm, which then gives floats.
+    2. On a grid narrower than its dtype it compares a Clip with the dtype's codes (6 / scale = 15 is below 255), and
+       keeps it: it does not see that the Clip of codes behind cuts at 15.
     """
-    source, users = node.args[0], list(node.users)
-    bounds = activation_bounds(node)
-    if (
-        bounds is None
-        or len(users) != 1
-        or writer.program.fake_quant(users[0]) is None
-        or not isinstance(source, fx.Node)
-    ):
+    users, bounds = list(node.users), activation_bounds(node)
+    if bounds is None or len(users) != 1 or writer.program.fake_quant(users[0]) is None:
         return False
-    if source.target is not torch.ops.aten.linear.default or len(writer.shape(source)) < 3 or len(source.users) != 1:
-        return False
-    if writer.program.fake_quant(users[0]) is None or writer.encodings.is_off(users[0]):
+    if writer.encodings.is_off(users[0]):
         return False
     encoding = writer.encodings.encoding(users[0])
+    spec, dtype = encoding.spec, np.iinfo(storage_dtype(users[0], encoding.spec, writer.opset))
+    if not _is_within(bounds, encoding, (spec.qmin, spec.qmax)):
+        return False
+    return _is_behind_reshaped_product(node, writer) or not _is_within(bounds, encoding, (dtype.min, dtype.max))
+
+
+def _is_behind_reshaped_product(node: fx.Node, writer: GraphWriter) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.target is not torch.ops.aten.linear.default:
+        return False
+    return len(writer.shape(source)) > 2 and len(source.users) == 1
+
+
+def _is_within(bounds: tuple[float, float], encoding: Encoding, codes: tuple[int, int]) -> bool:
+    """Whether every value that [low, high] cuts off is cut off by codes (lowest, highest), too."""
     low, high = (torch.round(torch.tensor(bound) / encoding.scale) + encoding.zero_point for bound in bounds)
-    return bool((low <= encoding.spec.qmin).all() and (high >= encoding.spec.qmax).all())
+    return bool((low <= codes[0]).all() and (high >= codes[1]).all())

@@ -86,12 +86,6 @@ class Scene:
         """Whether a value is on a grid."""
         return self.quantizer_of(node) is not None
 
-    def origin(self, node: fx.Node) -> fx.Node:
-        """What a value was before activations and operations that preserve grids."""
-        while self.role(node) in (Role.ACTIVATION, Role.GRID_PRESERVING) and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        return node
-
 
 def _argument(node: fx.Node, position: int | None) -> fx.Node | None:
     found: Any = None if position is None or position >= len(node.args) else node.args[position]

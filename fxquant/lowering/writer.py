@@ -20,7 +20,7 @@ from fxquant.errors import ExportError
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program, ValueType, describe, value_type
 from fxquant.lowering.attributes import attribute, schema_of
-from fxquant.lowering.barriers import needs_barrier_behind_weight
+from fxquant.lowering.barriers import input_to_guard
 from fxquant.lowering.encodings import Encodings, StoredCodes
 from fxquant.lowering.scene import Scene
 from fxquant.ops.base import Emitted, Emitter, OpTable, Size
@@ -169,7 +169,7 @@ class GraphWriter:
         try:
             result = emitter(node, self)
             if self.is_guarded:
-                self._protect_products()
+                self._guard_inputs()
             self._values[node] = self._name(node, result)
         finally:
             self._current, self._pending = None, []
@@ -224,12 +224,13 @@ class GraphWriter:
         result.shape, result.type = value.shape, value.type
         return result
 
-    def _protect_products(self) -> None:
+    def _guard_inputs(self) -> None:
         for pending in list(self._pending):
-            weight = pending.inputs[1] if needs_barrier_behind_weight(pending) else None
-            if weight is not None:
-                value = self.barrier(weight, str(weight.name))
-                pending.replace_input_with(1, value)
+            position = input_to_guard(pending)
+            guarded = None if position is None else pending.inputs[position]
+            if position is not None and guarded is not None and self._current is not None:
+                value = self.barrier(guarded, guarded.name or self._current.name)
+                pending.replace_input_with(position, value)
                 self.nodes.insert(self.nodes.index(pending), self.nodes.pop())
 
     def append(self, node: ir.Node) -> None:
