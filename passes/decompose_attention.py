@@ -28,6 +28,7 @@ _SHAPE_ONLY = (
     aten.transpose.int,
     aten.permute.default,
     aten.unsqueeze.default,
+    aten.unflatten.int,
 )
 MASK_REASON = "attention mask"
 

@@ -39,6 +39,11 @@ def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:
     Raises FxquantError if the batch does not fit the program's signature, or a tensor its placeholder's dtype or rank.
     """
     args, kwargs = as_arguments(batch)
+    return flat_arguments(program, args, kwargs)
+
+
+def flat_arguments(program: Program, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """What each placeholder gets for `program.module(*args, **kwargs)`; errors as of placeholder_values."""
     signature = inspect.signature(program.module.forward)
     try:
         bound = signature.bind(*args, **kwargs)

@@ -11,6 +11,7 @@ hold, except `meta`.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import math
 from collections.abc import Callable, Iterable
@@ -18,18 +19,24 @@ from types import EllipsisType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import _compile, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 import fxquant.numerics.padded_convolution  # noqa: F401  (registers an operator that a pickled graph may name)
 from fxquant.errors import FxquantError
+from fxquant.spec import Target
 
 # What GraphModule derives from the graph, or keeps for tools that do not survive a copy; the rest of __dict__ is state.
 _DERIVED = frozenset(
     "_graph _code _lineno_map _prologue_start _in_spec _out_spec _tracer_cls _tracer_extras shape_env "
-    "_replace_hooks _create_node_hooks _erase_node_hooks _deepcopy_hooks".split()
+    "_replace_hooks _create_node_hooks _erase_node_hooks _deepcopy_hooks _form".split()
 )
+
+FLOAT = "float"
+Form = Callable[..., Any]
+# By name, what computes a program's outputs instead of the compiled graph; fxquant.simulation fills it.
+FORMS: dict[str, Callable[[ProgramModule, Target], Form]] = {}
 
 
 class ProgramModule(fx.GraphModule):
@@ -39,7 +46,14 @@ class ProgramModule(fx.GraphModule):
         root: module whose parameters, buffers and submodules the graph refers to by dotted path; shared, not copied.
         graph: what `forward` computes.
         class_name: name that error messages and `print` show.
+
+    Attributes:
+        simulation, target: which of FORMS `forward` computes ("float": the graph as compiled), and for which runtime;
+            `Program.simulate` sets them. All forms read the same parameters and buffers.
     """
+
+    simulation: str = FLOAT
+    target: Target = Target.ONNXRUNTIME_X64
 
     def __init__(self, root: nn.Module, graph: fx.Graph, class_name: str = "ProgramModule") -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)
@@ -68,6 +82,32 @@ class ProgramModule(fx.GraphModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+
+    def recompile(self) -> Any:
+        """Compile `forward` from the graph; what other forms derived from the old graph is dropped."""
+        code = super().recompile()
+        compiled = type(self).forward
+
+        @functools.wraps(compiled)
+        def forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
+            if self.simulation == FLOAT:
+                return compiled(self, *args, **kwargs)
+            return self._run_form(*args, **kwargs)
+
+        type(self).forward = forward
+        self.__dict__.pop("_form", None)
+        return code
+
+    @_compile._disable_dynamo  # torch.compile runs a form as it is: it interprets the graph, node by node
+    def _run_form(self, *args: Any, **kwargs: Any) -> Any:
+        return self._current_form()(*args, **kwargs)
+
+    def _current_form(self) -> Form:
+        wanted = (self.simulation, self.target)
+        if self.__dict__.get("_form", (None, None))[0] != wanted:
+            self.__dict__["_form"] = (wanted, FORMS[self.simulation](self, self.target))
+        form: Form = self.__dict__["_form"][1]
+        return form
 
     def _state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import CalibrationError, FxquantError, nearest
-from fxquant.graph.module import ProgramModule, graph_to_records
+from fxquant.graph.module import FLOAT, FORMS, ProgramModule, graph_to_records
 from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
 from fxquant.spec import QuantSpec, Target
 
@@ -140,6 +140,24 @@ class Program:
     def graph(self) -> fx.Graph:
         """The torch.fx graph of `module`."""
         return self.module.graph
+
+    @property
+    def simulate(self) -> str:
+        """What `module` computes: "float" (fake quantization), "exact" or "integer" (onnxruntime's codes).
+
+        All three share the module's parameters and buffers; `exact` trains, `integer` has no gradients. Setting an
+        unknown name is an FxquantError.
+        """
+        return self.module.simulation
+
+    @simulate.setter
+    def simulate(self, name: str) -> None:
+        known = (FLOAT, *FORMS)
+        if name not in known:
+            raise FxquantError(
+                "program.simulate", expected=", ".join(known), got=repr(name), remedy=nearest(name, known)
+            )
+        self.module.simulation, self.module.target = name, self.target
 
     def node(self, name: str) -> fx.Node:
         """The node called `name`; an unknown name is an error with the nearest one."""

@@ -360,8 +360,8 @@ class Rewriter:
 
     @staticmethod
     def fake_quant_path(value: str) -> str:
-        """Where the FakeQuant of the value called `value` lives."""
-        return f"{FAKE_QUANTS}.{value}"
+        """Where the FakeQuant of the value called `value` lives; nn.Module has names of its own ("to", "half")."""
+        return f"{FAKE_QUANTS}.{value}_" if hasattr(torch.nn.Module, value) else f"{FAKE_QUANTS}.{value}"
 
 
 def _strike(lists: dict[int, list[Any]] | None, key: object, gone: set[Any]) -> None:
