@@ -25,7 +25,7 @@ from fxquant.sim import pair_names, write_pair
 
 
 def demo(options: argparse.Namespace) -> int:
-    """`fxquant demo`: 0 if the integer model agrees within one step at every node."""
+    """`fxquant demo`: 0 if the integer model agrees in every code that is certified, and elsewhere within one step."""
     folder = Path(options.out)
     result = run_demo(folder, epochs=options.epochs, seed=options.seed, config=options.config)
     print(result.parity)
@@ -126,17 +126,28 @@ def _peek(batches: Iterable[Batch], name: str) -> tuple[Batch, Iterable[Batch]]:
     return first, again()
 
 
+def _program_path(options: argparse.Namespace, onnx_path: Path) -> Path:
+    """The program to compare with: given once, by place or by --program, else the one beside the ONNX file."""
+    if options.program_place and options.program and options.program_place != options.program:
+        got = f"{options.program_place} and --program {options.program}"
+        raise FxquantError("parity", expected="one program", got=got)
+    named = options.program_place or options.program
+    path = Path(named) if named else onnx_path.with_suffix(".fxq")
+    if not path.is_file():
+        raise FxquantError(f"parity: program '{path}' does not exist", remedy="Name it after the ONNX file.")
+    return path
+
+
 def parity(options: argparse.Namespace) -> int:
-    """`fxquant parity`: 0 if no node differs by more than the tolerance, locally."""
+    """`fxquant parity`: 0 unless a certified node or stored constant differs, or another node beyond the tolerance."""
     onnx_path = Path(options.onnx)
-    program_path = Path(options.program) if options.program else onnx_path.with_suffix(".fxq")
-    if not program_path.is_file():
-        raise FxquantError(f"parity: program '{program_path}' does not exist", remedy="Name it with --program.")
+    program_path = _program_path(options, onnx_path)
     batches: Iterable[Batch] = load_batches(options.data, options.batch_size)
     if options.max_batches is not None:
         batches = list(islice(batches, options.max_batches))
     runtime = RuntimeOptions(level=Level(options.level), threads=options.threads)
-    report = check_parity(load_program(program_path), onnx_path, batches, options=runtime)
+    program = load_program(program_path)
+    report = check_parity(program, onnx_path, batches, options=runtime, simulation=options.simulation)
     text = json.dumps(report.to_dict(), indent=2)
     if options.json == "-":
         sys.stdout.write(text + "\n")

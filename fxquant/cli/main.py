@@ -11,6 +11,8 @@ from importlib.metadata import version
 
 from fxquant.cli import commands
 from fxquant.errors import FxquantError
+from fxquant.numerics.runtime import Level
+from fxquant.parity.simulation import SIMULATIONS
 
 MODEL_HELP = "package.module:callable, file.py:callable (an nn.Module, or what returns one), or an exported .pt2 file"
 DATA_HELP = (
@@ -169,17 +171,29 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "parity",
         "run model.onnx in onnxruntime and compare its integers with the program's simulation",
         "  fxquant parity out/model.onnx --data images.npy\n"
-        "  fxquant parity out/model.onnx --program out/model.fxq --data images.npy --level EXTENDED --json report.json",
+        "  fxquant parity out/model.onnx out/model.fxq --data images.npy --level EXTENDED --json report.json\n"
+        "  fxquant parity out/model.onnx --data images.npy --simulation float --threads 2",
     )
     parser.add_argument("onnx", help="the ONNX file that fxquant wrote")
     parser.add_argument(
-        "--program", metavar="FILE", help="the program it was lowered from (default: the .fxq beside it)"
+        "program_place",
+        nargs="?",
+        metavar="program",
+        help="the program it was lowered from (default: the .fxq beside it)",
     )
+    parser.add_argument("--program", metavar="FILE", help="the same")
     _add_data(parser, required=True)
     parser.add_argument(
+        "--simulation",
+        default="exact",
+        choices=tuple(SIMULATIONS),
+        help="what is compared with onnxruntime; exact and integer promise every code of certified nodes "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--level",
-        default="ALL",
-        choices=("ALL", "EXTENDED", "BASIC", "DISABLED"),
+        default=Level.ALL.value,
+        choices=tuple(level.value for level in Level),
         help="onnxruntime's graph optimisation (default: %(default)s)",
     )
     parser.add_argument("--threads", type=_positive, default=1, help="onnxruntime's threads (default: %(default)s)")
@@ -188,7 +202,7 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         type=int,
         default=1,
         metavar="STEPS",
-        help="largest local difference that passes (default: %(default)s)",
+        help="largest local difference that passes where no code is promised (default: %(default)s)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE; '-' prints JSON alone")
     parser.set_defaults(run=commands.parity)

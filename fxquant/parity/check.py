@@ -24,15 +24,17 @@ from fxquant.numerics.runtime import (
     runtime_build,
     runtime_version,
 )
+from fxquant.parity.certification import BIT_EXACT, Certifier
 from fxquant.parity.compare import Tally, compare_codes, compare_values
 from fxquant.parity.constants import compare_stored
-from fxquant.parity.localise import Blame, Evidence, blame
+from fxquant.parity.grids import foreign_grids, runtime_codes
+from fxquant.parity.localise import FOREIGN_GRID, Blame, Evidence, blame, blame_site
 from fxquant.parity.onnx_file import FileQuantizer, OnnxFile
 from fxquant.parity.optimised import read_fusion
 from fxquant.parity.report import Environment, ParityReport
 from fxquant.parity.segments import Segment, SegmentReader
 from fxquant.parity.simulation import RuntimeCodes, Simulation, find_simulation
-from fxquant.parity.verdicts import Findings, is_explained, is_more_than_rounding, rows_of
+from fxquant.parity.verdicts import Findings, is_beyond, is_explained, rows_of
 from fxquant.progress import track
 
 DEFAULT_OPTIONS = RuntimeOptions()
@@ -45,7 +47,7 @@ def check_parity(
     *,
     options: RuntimeOptions = DEFAULT_OPTIONS,
     max_batches: int | None = None,
-    simulation: str | Simulation = "float",
+    simulation: str | Simulation | None = None,
     progress: bool = True,
     allow_mismatch: bool = False,
     check_stored: bool = True,
@@ -53,7 +55,8 @@ def check_parity(
     """Compare what a program simulates with what onnxruntime computes from the ONNX file that was lowered from it.
 
     Every quantized tensor is compared twice: overall (each side on its own values) and locally (the simulation fed with
-    onnxruntime's own codes at every quantizer), so that a difference is either a segment's own or inherited.
+    onnxruntime's own codes at every quantizer), so that a difference is either a segment's own or inherited. With the
+    exact and integer simulations, a local difference of a single code at a certified tensor is a fault.
 
     Arguments:
         program: calibrated; not changed.
@@ -61,7 +64,7 @@ def check_parity(
         batches: any iterable of tensors, tuples or lists of tensors, or dicts of keywords; read one at a time.
         options: how onnxruntime runs.
         max_batches: stop after so many.
-        simulation: the name of a simulation, or one.
+        simulation: "float", "exact", "integer", or a Simulation; None: what `program.simulate` says.
         progress: show a progress bar when standard error is a terminal.
         allow_mismatch: compare also if the file was not lowered from this program.
         check_stored: compare the file's integer constants and grids with the program's, before anything runs.
@@ -73,7 +76,8 @@ def check_parity(
     _require_grids(program)
     if not allow_mismatch:
         _require_same_program(program, file)
-    chosen = find_simulation(simulation) if isinstance(simulation, str) else simulation
+    asked = program.simulate if simulation is None else simulation
+    chosen = find_simulation(asked, file.opset) if isinstance(asked, str) else asked
     with _evaluating(program):
         reader = SegmentReader(program)
         comparison = _Comparison(reader, file, options, chosen, check_stored)
@@ -102,6 +106,10 @@ class _Comparison:
         self._probe = open_session(probe, options, data_folder=file.data_folder)
         self._real = open_session(file.model.SerializeToString(), options, data_folder=file.data_folder)
         self._segments = reader.segments()
+        self._certifier = Certifier(reader.program, self._fusion, options, simulation.name)
+        self._certifications = self._certifier.of_segments(self._segments)
+        promised = self._codes if simulation.name in BIT_EXACT else ()
+        self._foreign = foreign_grids(reader.program, file, self._quantizers, promised)
         self._overall = {segment: Tally() for segment in self._segments}
         self._local = {segment: Tally() for segment in self._segments}
         self._blames: dict[Segment, Blame] = {}
@@ -120,8 +128,17 @@ class _Comparison:
         evidence = Evidence(inputs, feed, teacher, {name: found[name] for name in self._codes.values()})
         for segment in suspects:
             if segment not in self._blames and not is_explained(segment, self._stored):
-                self._blames[segment] = blame(self._reader.program, self._file, segment, evidence, self._fusion)
+                self._blames[segment] = self._blame(segment, evidence)
         self._batches += 1
+
+    def _blame(self, segment: Segment, evidence: Evidence) -> Blame:
+        if not segment.output and segment.end in self._foreign:
+            return Blame((segment.value,), FOREIGN_GRID)
+        is_certified = self._certifications[segment].is_certified
+        site = self._certifier.site_of(segment) if is_certified else None
+        if site is not None:
+            return blame_site(self._reader.program, self._file, segment, site, evidence, self._fusion)
+        return blame(self._reader.program, self._file, segment, evidence, self._fusion)
 
     def report(self) -> ParityReport:
         """What was found; ParityError if there was no batch."""
@@ -134,6 +151,8 @@ class _Comparison:
             {segment: tally.difference for segment, tally in self._local.items()},
             self._stored,
             self._blames,
+            self._certifications,
+            self._foreign,
         )
         return ParityReport(
             program=self._reader.program.name,
@@ -144,6 +163,7 @@ class _Comparison:
             stored=self._stored,
             fusion=self._fusion,
             environment=_environment(self._options),
+            nodes=self._certifier.of_nodes(self._certifications),
             notes=self._notes(),
         )
 
@@ -169,7 +189,7 @@ class _Comparison:
         if segment.output:
             difference = compare_values(simulated, found[segment.output], self._batches)
             tally.add(difference)
-            return is_more_than_rounding(segment, difference)
+            return is_beyond(segment, difference, self._certifications[segment])
         tensor = self._codes.get(segment.end.name)
         if tensor is None:
             return False
@@ -177,26 +197,15 @@ class _Comparison:
         assert module is not None
         difference = compare_codes(simulated, found[tensor], module.spec.steps, self._batches)
         tally.add(difference)
-        return is_more_than_rounding(segment, difference)
+        return is_beyond(segment, difference, self._certifications[segment])
 
     def _teacher(self, found: Mapping[str, Array]) -> dict[str, RuntimeCodes]:
         """onnxruntime's codes at every activation's quantizer, on the grids that the file gives them."""
-        teacher = {}
-        for node, module in self._reader.program.fake_quant_nodes():
-            name, tensor = node.name, self._codes.get(node.name)
-            if tensor is None:
-                continue
-            grid = self._quantizers[name][0].dequantize
-            scale, zero_point = self._file.constant(grid.scale), self._file.constant(grid.zero_point)
-            codes = torch.from_numpy(found[tensor].astype(np.int32)).to(module.scale.device)
-            if scale is None or scale.size > 1 or (zero_point is not None and zero_point.size > 1):
-                teacher[name] = RuntimeCodes(codes, *module.grid_for(codes.ndim))
-                continue
-            zero = 0 if zero_point is None else int(zero_point.ravel()[0])
-            teacher[name] = RuntimeCodes(
-                codes, module.scale.new_tensor(float(scale.ravel()[0])), module.zero_point.new_tensor(zero)
-            )
-        return teacher
+        nodes = {name: self._reader.program.node(name) for name in self._codes}
+        return {
+            name: runtime_codes(self._reader.program, self._file, self._quantizers[name][0], nodes[name], found[tensor])
+            for name, tensor in self._codes.items()
+        }
 
     def _compare_with_real(self, feed: Mapping[str, Array], found: Mapping[str, Array]) -> None:
         """The file must answer as its copy with exposed codes does, else the codes are not those that really run."""

@@ -22,9 +22,11 @@ from fxquant.parity.onnx_file import OnnxFile
 from fxquant.parity.optimised import Fusion
 from fxquant.parity.segments import Segment
 from fxquant.parity.simulation import Evaluation, RuntimeCodes
+from fxquant.simulation.plan import Site
 
 # Largest difference, relative to the largest value of a tensor, that the order of float32 additions explains.
 FLOAT_ROUNDING = 1e-4
+FOREIGN_GRID = "its grid in the file is not the program's"
 _UNFUSED = RuntimeOptions(Level.DISABLED, threads=1)
 
 
@@ -65,6 +67,23 @@ def blame(program: Program, file: OnnxFile, segment: Segment, evidence: Evidence
     if mine is None or mine.shape != unfused.shape or np.abs(mine - unfused.astype(np.int64)).max(initial=0) > 1:
         return Blame(_unwritten(segment, theirs) or (segment.value,), "the values agree, their codes do not")
     return _kernels(segment, fusion)
+
+
+def blame_site(
+    program: Program, file: OnnxFile, segment: Segment, site: Site, evidence: Evidence, fusion: Fusion
+) -> Blame:
+    """Find what is at fault in a segment that one kernel should compute, whose grid is the program's."""
+    moves = [node for node in segment.nodes if node not in site.nodes]
+    if moves:
+        theirs, _ = _unfused(file, segment, evidence, None)
+        moved = _disagreeing(segment, _simulated(program, segment, evidence), theirs)
+        if moved is not None and {node.name for node in moves}.issuperset(moved.nodes):
+            return moved
+    ran = fusion.of(site.operation.name)
+    kernels = "+".join(ran.kernels) if ran is not None and ran.kernels else "what onnxruntime runs"
+    return Blame(
+        (site.operation.name,), f"certified, but {kernels} gives other codes than {site.kernel.operator}'s formula"
+    )
 
 
 def _simulated(program: Program, segment: Segment, evidence: Evidence) -> dict[fx.Node, torch.Tensor]:

@@ -3,100 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from fxquant.numerics.runtime import RuntimeOptions
-from fxquant.parity.compare import Difference
+from fxquant.parity.certification import BIT_EXACT, NodeCertification, Standing
 from fxquant.parity.constants import StoredDifference
-from fxquant.parity.optimised import Fusion, KernelKind
+from fxquant.parity.optimised import Fusion
+from fxquant.parity.row import Row, Verdict
+from fxquant.parity.text import agreement_text, counted, fusion_text, named, nodes_text, table
 
-
-class Verdict(Enum):
-    """What the comparison says of one tensor."""
-
-    EXACT = "exact"
-    INHERITED = "inherited"  # equal on onnxruntime's own inputs: the difference comes from further up
-    ROUNDING = "rounding"  # at most one step on onnxruntime's own inputs; for a float output: within float32 rounding
-    DIFFERS = "differs (local)"
-    STORED = "stored constant differs"
-
-    @property
-    def is_fault(self) -> bool:
-        """Whether something in this segment is at fault."""
-        return self in (Verdict.DIFFERS, Verdict.STORED)
-
-
-SEVERITY = {Verdict.EXACT: 0, Verdict.INHERITED: 0, Verdict.ROUNDING: 1, Verdict.DIFFERS: 2, Verdict.STORED: 3}
-
-
-@dataclass(frozen=True)
-class Row:
-    """The comparison of one quantized tensor, or of one graph output in float.
-
-    Arguments:
-        value: name of the quantized value (its codes are `<value>.codes` in the file), or of the graph output.
-        is_output: whether it is a graph output, compared as float32.
-        nodes: the operations between this tensor and the quantizers in front of it, in graph order.
-        kernels: what onnxruntime runs for them.
-        overall: simulation against onnxruntime, each on its own values.
-        local: the same with every input of the segment taken from onnxruntime.
-        step: size of one step in real units: of the tensor's own grid, or for an output of the last grid in front;
-            NaN if there is none.
-        verdict: what follows.
-        origin: for what is inherited, the value that it comes from; else "".
-        faults: the nodes at fault here; () unless the verdict is a fault.
-        reason: why, in words; "" if there is nothing to say.
-    """
-
-    value: str
-    is_output: bool
-    nodes: tuple[str, ...]
-    kernels: tuple[str, ...]
-    overall: Difference
-    local: Difference
-    step: float
-    verdict: Verdict
-    origin: str
-    faults: tuple[str, ...]
-    reason: str
-
-    @property
-    def worst_steps(self) -> float:
-        """Largest overall difference in steps."""
-        return self.overall.worst / self.step if self.is_output else self.overall.worst
-
-    @property
-    def worst_local_steps(self) -> float:
-        """Largest local difference in steps."""
-        return self.local.worst / self.step if self.is_output else self.local.worst
-
-    @property
-    def verdict_text(self) -> str:
-        """The verdict, with its origin if inherited."""
-        return (
-            f"inherited from {self.origin}" if self.verdict is Verdict.INHERITED and self.origin else self.verdict.value
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return {
-            "value": self.value,
-            "is_output": self.is_output,
-            "nodes": list(self.nodes),
-            "kernels": list(self.kernels),
-            "compared": self.overall.compared,
-            "overall": self.overall.to_dict(),
-            "local": self.local.to_dict(),
-            "worst_steps": self.worst_steps,
-            "worst_local_steps": self.worst_local_steps,
-            "verdict": self.verdict.value,
-            "origin": self.origin,
-            "faults": list(self.faults),
-            "reason": self.reason,
-        }
+__all__ = ["Environment", "ParityReport", "Row", "Verdict"]
 
 
 @dataclass(frozen=True)
@@ -111,10 +28,11 @@ class Environment:
     torch: str
 
     def __str__(self) -> str:
-        threads = str(self.options.threads) if self.options.threads else "default"
+        count = self.options.threads
+        threads = "default threads" if not count else f"{count} thread{'s' if count > 1 else ''}"
         config = "".join(f", {key}={value}" for key, value in self.options.config)
         level = self.options.level.value
-        return f"onnxruntime {self.onnxruntime} {level}, threads {threads}, {self.instruction_set}{config}"
+        return f"onnxruntime {self.onnxruntime}, {self.instruction_set}, level {level}, {threads}{config}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
@@ -134,6 +52,7 @@ class ParityReport:
         stored: constants of the file that are not the program's; () also if they were not compared.
         fusion: the graph that onnxruntime really ran.
         environment: on what.
+        nodes: what is promised of each node that computes real values, in graph order.
         notes: what else a reader must know.
     """
 
@@ -145,12 +64,27 @@ class ParityReport:
     stored: tuple[StoredDifference, ...]
     fusion: Fusion
     environment: Environment
+    nodes: tuple[NodeCertification, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
     def code_rows(self) -> tuple[Row, ...]:
         """The rows of quantized tensors."""
         return tuple(row for row in self.rows if not row.is_output)
+
+    @property
+    def outputs(self) -> tuple[Row, ...]:
+        """The rows of graph outputs."""
+        return tuple(row for row in self.rows if row.is_output)
+
+    def rows_that_are(self, standing: Standing) -> tuple[Row, ...]:
+        """The quantized tensors of one standing: certified, float island or uncertified."""
+        return tuple(row for row in self.code_rows if row.certification.standing is standing)
+
+    @property
+    def certified_differing(self) -> int:
+        """How many codes of certified tensors differ locally: 0, or a kernel does not compute what is simulated."""
+        return sum(row.local.differing for row in self.rows_that_are(Standing.CERTIFIED))
 
     @property
     def exact(self) -> bool:
@@ -188,8 +122,9 @@ class ParityReport:
 
     @property
     def verdict(self) -> str:
-        """One line."""
-        return f"{self._judgement()} [{self.simulation} simulation, {self.batches} batches, {self.environment}]"
+        """One line: what was found, on what, and what is promised."""
+        line = f"{self._judgement()} ({self.simulation} simulation, {self.environment})"
+        return f"{line}: {self._promises()}" if self.simulation in BIT_EXACT else line
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as values that JSON can hold; what is not finite becomes its name ("inf")."""
@@ -204,8 +139,12 @@ class ParityReport:
                 "batches": self.batches,
                 "codes_compared": self.codes_compared,
                 "codes_differing": self.codes_differing,
+                "certified_differing": self.certified_differing,
+                "certification": {standing.value: len(self.rows_that_are(standing)) for standing in Standing},
+                "outputs": [row.agreement() for row in self.outputs],
                 "worst_local_steps": self.worst_local_steps,
                 "rows": [row.to_dict() for row in self.rows],
+                "nodes": [node.to_dict() for node in self.nodes],
                 "stored": [item.to_dict() for item in self.stored],
                 "fusion": self.fusion.to_dict(),
                 "environment": self.environment.to_dict(),
@@ -216,7 +155,10 @@ class ParityReport:
         return plain
 
     def __str__(self) -> str:
-        parts = [self.verdict, "", _table(self.rows), "", _fusion_text(self.fusion)]
+        parts = [self.verdict, "", table(self.rows), ""]
+        parts += [agreement_text(row) for row in self.outputs]
+        parts.append(fusion_text(self.fusion))
+        parts += [nodes_text(self.nodes)] if self.simulation in BIT_EXACT else []
         parts += [f"stored: {item}" for item in self.stored]
         parts += [f"{row.value}: {row.reason}" for row in self.rows if row.reason]
         parts += [f"note: {note}" for note in self.notes]
@@ -224,60 +166,33 @@ class ParityReport:
 
     def _judgement(self) -> str:
         if self.fault:
-            return f"FAULT at {', '.join(self.fault)}"
+            return f"FAULT at {', '.join(self.fault)}: {self._share()}"
         if not self.code_rows:
             worst = max((row.overall.worst for row in self.rows), default=0.0)
-            return f"NOTHING QUANTIZED: graph outputs differ by at most {worst:.3g}"
-        total, differing = self.codes_compared, self.codes_differing
+            return f"nothing quantized: graph outputs differ by at most {worst:.3g}"
         if self.exact:
-            return f"EXACT: {total:,} of {total:,} codes at {len(self.code_rows)} tensors are equal"
-        share = f"{differing:,} of {total:,} codes differ ({differing / total:.2%})"
+            return f"exact: {self._share()}"
         worst_row = self.worst_local
         if worst_row is None:
-            return f"INHERITED: {share}, none locally"
+            return f"inherited: {self._share()}, none locally"
         local = f"{worst_row.value}: {worst_row.local.differing:,} of {worst_row.local.compared:,}"
         steps = f"on onnxruntime's own inputs at most {self.worst_local_steps:g} step"
-        return f"WITHIN ROUNDING: {share}; {steps} (worst {local})"
+        return f"within rounding: {self._share()}; {steps} (worst {local})"
 
+    def _share(self) -> str:
+        total, differing = self.codes_compared, self.codes_differing
+        count = len(self.code_rows)
+        where = f"at {count} quantized tensor{'s' if count != 1 else ''}"
+        share = f" ({100 * differing / total:.2g} %)" if differing else ""
+        return f"{differing:,} of {total:,} codes differ {where}{share}"
 
-def _table(rows: Sequence[Row]) -> str:
-    head = ("tensor", "kernels", "compared", "differ", "worst", "differ locally", "worst", "verdict")
-    lines = [head] + [_cells(row) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rule = tuple("-" * width for width in widths)
-    numeric = {2, 3, 4, 5, 6}
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in numeric else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in [head, rule, *lines[1:]]
-    )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"output {row.value}" if row.is_output else row.value,
-        "+".join(row.kernels) or "-",
-        f"{row.overall.compared:,}",
-        _count(row.overall),
-        f"{row.worst_steps:.4g}" if row.overall.differing else "0",
-        _count(row.local),
-        f"{row.worst_local_steps:.4g}" if row.local.differing else "0",
-        row.verdict_text,
-    )
-
-
-def _count(difference: Difference) -> str:
-    return f"{difference.differing:,} ({difference.fraction:.2e})" if difference.differing else "0"
-
-
-def _fusion_text(fusion: Fusion) -> str:
-    counts = ", ".join(f"{fusion.count(kind)} {kind.value}" for kind in KernelKind if fusion.count(kind))
-    lines = [f"kernels (level {fusion.level.value}): {counts or 'none'}; {fusion.leftover} Q/DQ left inside"]
-    for kernel in fusion.unfused:
-        lines.append(f"  {kernel.node} ({'+'.join(kernel.kernels)}): {kernel.kind.value}: {kernel.reason}")
-    return "\n".join(lines)
+    def _promises(self) -> str:
+        islands = self.rows_that_are(Standing.ISLAND)
+        uncertified = self.rows_that_are(Standing.UNCERTIFIED)
+        return (
+            f"{len(self.rows_that_are(Standing.CERTIFIED))} certified, "
+            f"{counted(islands, 'float island')}, {len(uncertified)} uncertified{named(uncertified)}"
+        )
 
 
 def _finite(value: Any) -> Any:

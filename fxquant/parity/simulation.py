@@ -1,12 +1,8 @@
-"""The simulations that parity can compare with: what they must offer, and the float one.
-
-An exact simulation implements the same protocol on integer codes; nothing else in parity depends on how codes are
-computed.
-"""
+"""The simulations that parity can compare with: what they must offer, the float one, and those on codes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,8 +11,14 @@ from torch import fx
 
 from fxquant.errors import ParityError, nearest
 from fxquant.graph.program import Program
+from fxquant.numerics.codes import Codes, Grid, codes_from_integers
+from fxquant.numerics.precision import full_precision
 from fxquant.numerics.rounding import dequantize
 from fxquant.parity.segments import SegmentReader
+from fxquant.simulation.exact import ExactArithmetic
+from fxquant.simulation.executor import Arithmetic, Executor, real_of
+from fxquant.simulation.integer import IntegerArithmetic
+from fxquant.simulation.islands import DEFAULT_OPSET
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,42 @@ class FloatSimulation:
         for node in returned:
             value = evaluation.values[node]
             yield Step(node, value if isinstance(value, torch.Tensor) else torch.tensor([value]), is_output=True)
+
+
+class CodeSimulation:
+    """A simulation on codes: the kernels that the plan expects onnxruntime to run.
+
+    Arguments:
+        arithmetic: makes one, for a file of a given opset.
+    """
+
+    def __init__(self, name: str, arithmetic: Callable[[int], Arithmetic], opset: int = DEFAULT_OPSET) -> None:
+        self.name = name
+        self._arithmetic = arithmetic
+        self._opset = opset
+
+    def for_opset(self, opset: int) -> CodeSimulation:
+        """The same, of a file of this opset."""
+        return CodeSimulation(self.name, self._arithmetic, opset)
+
+    def run(self, program: Program, inputs: Mapping[str, Any], teacher: Mapping[str, RuntimeCodes]) -> Iterator[Step]:
+        """See Simulation.run."""
+        executor, values = Executor(program, self._arithmetic(self._opset)), dict[fx.Node, Any]()
+        taught = {name: self._codes(program, name, codes) for name, codes in teacher.items()}
+        with torch.no_grad(), full_precision():
+            for node, codes in executor.steps(inputs, taught, values):
+                yield Step(node, codes.integers.to(torch.int32), is_output=False)
+        for node in program.graph.output_node().all_input_nodes:
+            value = real_of(values[node])
+            yield Step(node, value if isinstance(value, torch.Tensor) else torch.tensor([value]), is_output=True)
+
+    @staticmethod
+    def _codes(program: Program, name: str, codes: RuntimeCodes) -> Codes:
+        module = program.fake_quant(program.node(name))
+        assert module is not None
+        axis = module.spec.granularity.axis if codes.scale.ndim else None
+        grid = Grid(codes.scale, codes.zero_point.to(torch.int64), module.spec.qmin, module.spec.qmax, axis)
+        return codes_from_integers(codes.codes, grid)
 
 
 class Evaluation:
@@ -136,11 +174,16 @@ def _last_uses(nodes: list[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[f
     return dead
 
 
-SIMULATIONS: dict[str, Simulation] = {FloatSimulation.name: FloatSimulation()}
+SIMULATIONS: dict[str, Simulation] = {
+    FloatSimulation.name: FloatSimulation(),
+    "exact": CodeSimulation("exact", ExactArithmetic),
+    "integer": CodeSimulation("integer", IntegerArithmetic),
+}
 
 
-def find_simulation(name: str) -> Simulation:
-    """The simulation called `name`; an unknown name is a ParityError that lists the known ones."""
+def find_simulation(name: str, opset: int) -> Simulation:
+    """The simulation called `name` of a file of this opset; an unknown name is a ParityError that lists the known."""
     if name not in SIMULATIONS:
         raise ParityError(f"simulation '{name}' is unknown", remedy=nearest(name, SIMULATIONS))
-    return SIMULATIONS[name]
+    found = SIMULATIONS[name]
+    return found.for_opset(opset) if isinstance(found, CodeSimulation) else found

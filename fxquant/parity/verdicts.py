@@ -7,34 +7,53 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from fxquant.parity.certification import Certification, Standing
 from fxquant.parity.compare import Difference
 from fxquant.parity.constants import StoredDifference
-from fxquant.parity.localise import FLOAT_ROUNDING, Blame
+from fxquant.parity.localise import FLOAT_ROUNDING, FOREIGN_GRID, Blame
 from fxquant.parity.optimised import Fusion, NodeKernel
-from fxquant.parity.report import SEVERITY, Row, Verdict
+from fxquant.parity.row import SEVERITY, Row, Verdict
 from fxquant.parity.segments import Segment, SegmentReader
 
 
 @dataclass(frozen=True)
 class Findings:
-    """All that was counted: differences by segment, stored constants that differ, and who is to blame for a segment."""
+    """All that was found of each segment.
+
+    Arguments:
+        overall, local: what was counted.
+        stored: constants that differ.
+        blames: who is to blame for a segment.
+        certifications: what is promised of it.
+        foreign: FakeQuants of activations whose grid in the file is not the program's, where codes are promised.
+    """
 
     overall: Mapping[Segment, Difference]
     local: Mapping[Segment, Difference]
     stored: tuple[StoredDifference, ...]
     blames: Mapping[Segment, Blame]
+    certifications: Mapping[Segment, Certification]
+    foreign: frozenset[fx.Node]
+
+    def is_misread(self, segment: Segment) -> bool:
+        """Whether a segment's own grid is not the program's, and codes differ there or where it is read."""
+        if segment.output or segment.end not in self.foreign:
+            return False
+        reached = [other for other in self.overall if other is segment or segment.end in other.sources]
+        return any(self.overall[other].differing for other in reached)
 
 
 @dataclass(frozen=True)
 class _Cause:
-    """The worst thing on the way to a tensor: what it is, at which value, and the number of that value's row."""
+    """The worst thing on the way to a tensor: what it is, and at which value and row."""
 
     verdict: Verdict
     value: str
+    is_island: bool
     row: int
 
 
-_NOTHING = _Cause(Verdict.EXACT, "", 0)
+_NOTHING = _Cause(Verdict.EXACT, "", False, 0)
 
 
 def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[Row, ...]:
@@ -45,11 +64,11 @@ def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[
     for segment in findings.overall:
         upstream = _worst([causes.get(source, _NOTHING) for source in segment.sources])
         verdict = _verdict(segment, findings)
-        own = _Cause(verdict, segment.value, len(rows)) if SEVERITY[verdict] else _NOTHING
+        is_island = findings.certifications[segment].standing is Standing.ISLAND
+        own = _Cause(verdict, segment.value, is_island, len(rows)) if SEVERITY[verdict] else _NOTHING
         if not segment.output:
             causes[segment.end] = _worst([own, upstream])
-        origin = upstream.value if verdict is Verdict.INHERITED else ""
-        rows.append(_row(reader, segment, findings, kernels, verdict, origin))
+        rows.append(_row(reader, segment, findings, kernels, verdict, upstream))
     return tuple(rows)
 
 
@@ -62,9 +81,9 @@ def _verdict(segment: Segment, findings: Findings) -> Verdict:
     overall, local = findings.overall[segment], findings.local[segment]
     if owned(segment, findings.stored):
         return Verdict.STORED
-    if segment in findings.blames:
+    if segment in findings.blames or findings.is_misread(segment):
         return Verdict.DIFFERS
-    if is_more_than_rounding(segment, local):
+    if is_beyond(segment, local, findings.certifications[segment]):
         return Verdict.INHERITED  # from a grid in front of it that is not the program's
     if local.differing:
         return Verdict.ROUNDING
@@ -89,8 +108,13 @@ def is_explained(segment: Segment, stored: Iterable[StoredDifference]) -> bool:
     return bool(owned(segment, kept)) or any(item.quantizer in sources for item in kept)
 
 
-def is_more_than_rounding(segment: Segment, local: Difference) -> bool:
-    """Whether a local difference is more than rounding explains: a step, or for an output float32 additions."""
+def is_beyond(segment: Segment, local: Difference, certification: Certification) -> bool:
+    """Whether a local difference is more than may be: where certified any, else more than rounding explains.
+
+    Rounding explains a step, or for an output float32 additions.
+    """
+    if certification.is_certified:
+        return local.differing > 0
     if segment.output:
         return not local.worst <= FLOAT_ROUNDING * local.largest
     return local.worst > 1
@@ -102,11 +126,14 @@ def _row(
     findings: Findings,
     known: Mapping[str, NodeKernel],
     verdict: Verdict,
-    origin: str,
+    upstream: _Cause,
 ) -> Row:
     nodes = tuple(node.name for node in segment.nodes)
     kernels = tuple(name for node in nodes if node in known for name in known[node].kernels)
     found = findings.blames.get(segment)
+    if found is None and verdict is Verdict.DIFFERS:
+        found = Blame((segment.value,), FOREIGN_GRID)
+    is_inherited = verdict is Verdict.INHERITED
     stored = owned(segment, findings.stored)
     faults = found.nodes if found else tuple(dict.fromkeys(name for item in stored for name in item.owners))
     return Row(
@@ -118,7 +145,9 @@ def _row(
         local=findings.local[segment],
         step=_step(reader, segment),
         verdict=verdict,
-        origin=origin,
+        certification=findings.certifications[segment],
+        origin=upstream.value if is_inherited else "",
+        from_island=is_inherited and upstream.is_island,
         faults=faults,
         reason=found.reason if found else "",
     )

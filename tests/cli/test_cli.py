@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from fxquant.cli import commands
 from fxquant.cli.main import main, make_parser
+from fxquant.parity import check_parity
+from fxquant.simulation import certification
 
 MODEL = """
 import torch
@@ -84,7 +88,74 @@ def test_parity_fails_on_a_planted_weight_code_and_names_the_node(
     onnx.save(model, "out/model.onnx")
     capsys.readouterr()
     assert main(["parity", "out/model.onnx", "--data", "images.npy"]) == 1
-    assert capsys.readouterr().out.startswith("FAULT at conv ")
+    assert capsys.readouterr().out.startswith("FAULT at conv: ")
+
+
+def plant_bias_code(by: int) -> None:
+    """Move one code of the convolution's bias in out/model.onnx."""
+    model = onnx.load("out/model.onnx")
+    codes = next(item for item in model.graph.initializer if item.name == "conv_bias.codes")
+    values = onnx.numpy_helper.to_array(codes).copy()
+    values.flat[0] += by
+    codes.CopyFrom(onnx.numpy_helper.from_array(values, codes.name))
+    onnx.save(model, "out/model.onnx")
+
+
+@pytest.mark.parametrize("simulation", ["float", "exact", "integer"])
+def test_parity_prints_the_verdict_first_for_every_simulation(
+    folder: Path, simulation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    capsys.readouterr()
+    arguments = ["parity", "out/model.onnx", "out/model.fxq", "--data", "images.npy", "--simulation", simulation]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert f"({simulation} simulation, onnxruntime " in first and "codes differ at " in first
+
+
+def test_parity_is_of_the_exact_simulation_on_one_thread_when_not_asked(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    capsys.readouterr()
+    assert main(["parity", "out/model.onnx", "--data", "images.npy"]) == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("exact: 0 of ") and "(exact simulation, " in first and "level ALL, 1 thread)" in first
+
+
+def test_parity_fails_when_a_single_code_of_a_certified_node_differs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(certification, "here", lambda: certification.CERTIFIED_ON["QLinearConv"][0])
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    plant_bias_code(40)
+    monkeypatch.setattr(commands, "check_parity", partial(check_parity, check_stored=False))
+    capsys.readouterr()
+    assert main(["parity", "out/model.onnx", "--data", "images.npy", "--simulation", "float"]) == 0
+    assert main(["parity", "out/model.onnx", "--data", "images.npy", "--json", "report.json"]) == 1
+    report = json.loads((folder / "report.json").read_text())
+    assert report["fault"] == ["conv"] and report["worst_local_steps"] == 1 and report["stored"] == []
+
+
+@pytest.mark.parametrize(
+    ("option", "wrong", "accepted"),
+    [
+        ("--simulation", "exakt", ("float", "exact", "integer")),
+        ("--level", "all", ("ALL", "EXTENDED", "BASIC", "DISABLED")),
+    ],
+)
+def test_parity_says_what_is_accepted_when_a_name_is_wrong(
+    option: str, wrong: str, accepted: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["parity", "model.onnx", "--data", "images.npy", option, wrong])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and wrong in error and all(name in error for name in accepted)
+
+
+def test_parity_refuses_two_programs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parity", "m.onnx", "a.fxq", "--program", "b.fxq", "--data", "images.npy"]) == 2
+    assert "expected one program; got a.fxq and --program b.fxq" in capsys.readouterr().err
 
 
 def test_show_prints_a_saved_program_and_draws_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

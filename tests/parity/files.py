@@ -17,6 +17,7 @@ from fxquant.graph.program import Program
 from fxquant.lowering.lower import lower
 from fxquant.numerics.runtime import Array
 from fxquant.parity import ParityReport, RuntimeOptions, check_parity
+from fxquant.parity.simulation import Simulation
 from tests.lowering import programs
 from tests.lowering.programs import fake_quant_of, float_program, image, quantized
 
@@ -76,6 +77,67 @@ def square_tokens_program() -> Program:
     return quantized(float_program(Tokens(), square), TOKENS_VALUES, square, shares={"transpose": "linear_1"})
 
 
+class Branches(nn.Module):
+    """A concat net with sigmoid gates, average pooling, a product of activations and a hard-swish island."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 4, 3, padding=1)
+        self.right = nn.Conv2d(3, 4, 1)
+        self.last = nn.Conv2d(8, 4, 3, groups=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        joined = torch.cat([self.left(x), self.right(x)], 1)
+        gated = joined * torch.sigmoid(joined)
+        pooled = nn.functional.avg_pool2d(nn.functional.hardswish(gated), 2)
+        result: torch.Tensor = self.last(pooled)
+        return result
+
+
+BRANCHES_VALUES = (
+    "x",
+    "conv2d",
+    "conv2d_1",
+    "cat",
+    "sigmoid",
+    "mul",
+    "hardswish",
+    "avg_pool2d",
+    "conv2d_2",
+)
+
+
+def branches_program() -> Program:
+    """A calibrated Branches, from the cache."""
+    return _branches().copy()
+
+
+@lru_cache
+def _branches() -> Program:
+    torch.manual_seed(2)
+    return quantized(float_program(Branches(), image()), BRANCHES_VALUES, image(8))
+
+
+def tie_program() -> Program:
+    """A calibrated Residual on grids of powers of two with odd zero points, where many codes are ties."""
+    program = residual_program()
+    for value, steps, zero in (("x", 5, 101), ("relu", 6, 0), ("conv2d_1", 6, 101), ("adaptive_avg_pool2d", 5, 101)):
+        _set_grid(program, value, 2.0**-steps, zero)
+    _set_grid(program, "linear", 2.0**-7, 103)
+    _set_grid(program, "relu_1", 2.0**-5, 0)
+    for name in ("conv1_weight", "conv2_weight", "fc_weight"):
+        weight = program.module.get_parameter(str(program.node(name).target))
+        largest = weight.detach().flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1))
+        with torch.no_grad():  # the largest of each channel becomes 127 / 256: scale 1 / 256
+            weight.copy_(torch.round(weight / largest * 127) / 256)
+    return program
+
+
+def _set_grid(program: Program, value: str, scale: float, zero_point: int) -> None:
+    low = torch.tensor(-zero_point * scale)
+    fake_quant_of(program, value).set_range(low, low + 255 * scale)
+
+
 def low_relu_program() -> Program:
     """A calibrated Residual whose first relu has a grid that reaches below 0, so that the Relu is needed."""
     program = residual_program()
@@ -99,11 +161,27 @@ def plant(path: Path, edit: Edit) -> Path:
     return planted
 
 
-def compare(program: Program, path: Path, *, check_stored: bool = True, seeds: int = 2) -> ParityReport:
+def compare(
+    program: Program,
+    path: Path,
+    *,
+    check_stored: bool = True,
+    seeds: int = 2,
+    simulation: str | Simulation = "float",
+    options: RuntimeOptions = ONE_THREAD,
+) -> ParityReport:
     """check_parity on `seeds` batches of 4 images or token sequences."""
     shape = program.node("x").meta["type"].shape
     batches = [tokens(4, seed, shape[1]) if len(shape) == 3 else image(4, seed) for seed in range(seeds)]
-    return check_parity(program, path, batches, options=ONE_THREAD, progress=False, check_stored=check_stored)
+    return check_parity(
+        program,
+        path,
+        batches,
+        options=options,
+        simulation=simulation,
+        progress=False,
+        check_stored=check_stored,
+    )
 
 
 def change_constant(name: str, change: Callable[[Array], Array]) -> Edit:

@@ -25,7 +25,7 @@ def test_parity_is_exact_when_nothing_was_changed(tmp_path: Path) -> None:
     assert report.batches == 3
     codes = 3 * 4 * (3 * 64 + 3 * 8 * 64 + 8 * 16 + 8 + 8 + 5)
     assert report.codes_compared == codes
-    assert report.verdict.startswith(f"EXACT: {codes:,} of {codes:,} codes at 8 tensors are equal")
+    assert report.verdict.startswith(f"exact: 0 of {codes:,} codes differ at 8 quantized tensors (float simulation, ")
     assert {row.verdict for row in report.rows} == {Verdict.EXACT}
 
 
@@ -96,7 +96,7 @@ def test_outputs_are_compared_when_nothing_is_quantized(tmp_path: Path) -> None:
     report = compare(program, export(program, tmp_path))
     (row,) = report.rows
     assert row.is_output and row.verdict in (Verdict.EXACT, Verdict.ROUNDING)
-    assert report.verdict.startswith("NOTHING QUANTIZED") and report.fault == ()
+    assert report.verdict.startswith("nothing quantized") and report.fault == ()
     json.dumps(report.to_dict(), allow_nan=False)
 
 

@@ -56,7 +56,7 @@ def test_stored_fault_is_its_node_alone_when_planted_in_residual(
     assert report.fault == (node,)
     assert {item.what for item in report.stored} == {what}
     assert not report.exact
-    assert report.verdict.startswith(f"FAULT at {node} ")
+    assert report.verdict.startswith(f"FAULT at {node}: ")
 
 
 @pytest.mark.parametrize(
