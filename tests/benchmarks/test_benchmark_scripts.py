@@ -1,6 +1,7 @@
 """The scripts' own logic on made-up measurements: verdicts bite, absent packages are skipped, growth is right."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import onnxruntime
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import assets, lowered, pass_cost, versus_quantize_static
+from benchmarks import assets, exact_cost, lowered, pass_cost, versus_quantize_static
 from benchmarks.kernels import KernelCounts, Session
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.runner import Timings
 from benchmarks.versus_quantize_static import FLOAT, FXQUANT, STATIC
+from fxquant.simulation import Strategy
 
 NET = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4, 2))
 FUSED = KernelCounts(1, 0, 1, 0, 0)
@@ -91,10 +93,8 @@ def test_command_line_refuses_when_a_value_is_unknown(arguments: list[str], caps
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [versus_quantize_static, pass_cost])
-def test_help_gives_examples(script: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script in (versus_quantize_static, pass_cost)
-    parse = versus_quantize_static.parse if script is versus_quantize_static else pass_cost.parse
+@pytest.mark.parametrize("parse", [versus_quantize_static.parse, pass_cost.parse, exact_cost.parse])
+def test_help_gives_examples(parse: Callable[[list[str]], object], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         parse(["--help"])
     assert left.value.code == 0
@@ -125,3 +125,22 @@ def test_network_without_weights_is_random() -> None:
     first, second = (network.load(seed=1).state_dict()["0.weight"] for _ in range(2))
     assert torch.equal(first, second)
     assert network.weights_named == "random"
+
+
+@pytest.mark.parametrize(("seconds", "is_kept"), [(1.15, True), (1.16, False)])
+def test_exact_cost_is_judged_by_the_slower_of_evaluating_and_training(seconds: float, is_kept: bool) -> None:
+    cheap, dear = (Timings({"float": (1.0,) * 3, "exact": (taken,) * 3}) for taken in (0.9, seconds))
+    found = {"conv1": Strategy(1, 2.0**20), "conv2": Strategy(2, 2.0**25), "fc": Strategy(0, 2.0**27)}
+    for pair in ((cheap, dear), (dear, cheap)):
+        cost = exact_cost.Cost("mobilenet_v2", *pair, found)
+        assert exact_cost.judge(cost).is_kept == is_kept
+        assert list(cost.beyond) == ["conv2", "fc"]
+
+
+def test_exact_cost_runs_and_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "cost.json"
+    small = ["--networks", "resnet18", "--batch", "1", "--size", "32", "--rounds", "1", "--json", str(path)]
+    assert exact_cost.main(small) in (0, 1)
+    written = json.loads(path.read_text(encoding="utf-8"))["networks"]["resnet18"]
+    assert len(written["largest_sum"]) == 21 and set(written["beyond_certificate"]) <= set(written["largest_sum"])
+    assert "21 products are beyond the certificate" in capsys.readouterr().out

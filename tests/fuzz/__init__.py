@@ -1,0 +1,1 @@
+"""Random programs, from their description to a verdict: capture, prepare, calibrate, export, onnxruntime, parity."""
