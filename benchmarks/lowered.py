@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import fxquant
 from benchmarks.runner import Json
+from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
 from fxquant.parity import ParityReport
 
@@ -31,8 +32,11 @@ def without_calibration(seconds: dict[str, float]) -> float:
     return sum(taken for step, taken in seconds.items() if step != "calibrate")
 
 
-def quantize(model: nn.Module, images: Tensor, path: Path) -> Lowered:
-    """Capture `model`, prepare, calibrate on `images` (N, 3, H, W) in batches of 8, finalize, and write `path`."""
+def quantize(model: nn.Module, images: Tensor, path: Path, pipeline: Pipeline | None = None) -> Lowered:
+    """Capture `model`, prepare, calibrate on `images` (N, 3, H, W) in batches of 8, finalize, and write `path`.
+
+    `pipeline` is int8_per_channel by default.
+    """
     seconds: dict[str, float] = {}
     cpu_seconds: dict[str, float] = {}
 
@@ -44,7 +48,7 @@ def quantize(model: nn.Module, images: Tensor, path: Path) -> Lowered:
 
     batches = [images[start : start + 8] for start in range(0, len(images), 8)]
     program = timed("capture", lambda: fxquant.capture(model, (images[:2],)))
-    pipeline = fxquant.load_pipeline(PIPELINE)
+    pipeline = fxquant.load_pipeline(PIPELINE) if pipeline is None else pipeline
     timed("prepare", lambda: pipeline.prepare(program))
     timed("calibrate", lambda: fxquant.calibrate(program, batches, progress=False))
     timed("finalize", lambda: pipeline.finalize(program))

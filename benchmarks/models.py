@@ -252,6 +252,9 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
                     module.bias.normal_(0.0, 0.01, generator=generator)
             elif isinstance(module, nn.BatchNorm2d):
                 _randomise_batch_norm(module, generator)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.0, generator=generator)
+                module.bias.normal_(0.0, 0.1, generator=generator)
     return model.eval()
 
 

@@ -1,12 +1,12 @@
 """The benchmarked networks: which module, which weights, which preprocessing, which data."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import assets, models, photos
+from benchmarks import assets, mixed_models, models, photos
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,20 @@ NETWORKS = {
         ),
     )
 }
+
+SMALL_PHOTOS = replace(photos.TORCHVISION, resize=110, crop=mixed_models.SIDE)
+MIXED_NETWORKS = {name: Network(name, build, SMALL_PHOTOS) for name, build in mixed_models.MIXED_BUILDERS.items()}
+
+
+def unlabelled_images(network: Network, count: int, seed: int) -> tuple[Tensor, str]:
+    """Up to `count` (at most 101) photos that no accuracy is measured on, else synthetic images; "" or why the latter.
+
+    float32 (count, 3, crop, crop), in a fixed order, preprocessed as the network wants them.
+    """
+    try:
+        return photos.load(photos.calibration(count), network.preprocessing), ""
+    except assets.AssetAbsent as reason:
+        return synthetic_images(count, network.preprocessing.crop, seed), str(reason)
 
 
 def synthetic_images(count: int, size: int, seed: int) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import assets, baseline, lowered, photos, runner
 from benchmarks.kernels import Session, open_session
-from benchmarks.networks import NETWORKS, Network, synthetic_images
+from benchmarks.networks import NETWORKS, Network, unlabelled_images
 from benchmarks.quality import Quality, judge
 from benchmarks.runner import Json, Timings, Verdict, progress
 
@@ -205,11 +205,9 @@ def measure(network: Network, options: Options) -> Result:
 
 def gather(network: Network, options: Options) -> Images:
     """The images of one network; without photos calibration is on synthetic ones, and there is no accuracy."""
-    synthetic = synthetic_images(options.calibration_images, network.preprocessing.crop, options.seed)
-    try:
-        calibration = photos.load(photos.calibration(options.calibration_images), network.preprocessing)
-    except assets.AssetAbsent as reason:
-        return Images(synthetic, skipped=[f"calibration photos (synthetic images instead): {reason}", "accuracy"])
+    calibration, absent = unlabelled_images(network, options.calibration_images, options.seed)
+    if absent:
+        return Images(calibration, skipped=[f"calibration photos (synthetic images instead): {absent}", "accuracy"])
     if network.weights is None:
         return Images(calibration, skipped=["accuracy: the weights are random"])
     try:
