@@ -7,7 +7,8 @@
 3. contiguous, clone, alias, detach, lift_fresh, casts to the same dtype, full slices, assertions -> erased. View ->
    reshape, because a view of what was made contiguous may need a copy now.
 4. max_pool and avg_pool with full-rank lists and explicit stride; relu6 -> hardtanh(x, 0.0, 6.0); casts -> to.dtype.
-5. What `run_decompositions` leaves of batch_norm, layer_norm, max_pool and softmax -> the composite operation.
+5. Other names of one operation (multiply, true_divide, concat, arccos ...) -> its first name.
+6. What `run_decompositions` leaves of batch_norm, layer_norm, max_pool and softmax -> the composite operation.
 """
 
 from __future__ import annotations
@@ -45,6 +46,29 @@ _ASSERTIONS = frozenset(
 )  # fmt: skip
 
 
+_OTHER_NAMES = {
+    "abs": "absolute", "neg": "negative", "mul": "multiply", "sub": "subtract", "div": "divide true_divide",
+    "cat": "concat concatenate", "gt": "greater", "ge": "greater_equal", "lt": "less", "le": "less_equal",
+    "ne": "not_equal", "trunc": "fix", "sigmoid": "special_expit", "erf": "special_erf", "exp2": "special_exp2",
+    "expm1": "special_expm1", "log1p": "special_log1p", "acos": "arccos", "asin": "arcsin", "atan": "arctan",
+    "acosh": "arccosh", "asinh": "arcsinh", "atanh": "arctanh",
+}  # fmt: skip
+
+
+def _aliases() -> dict[Any, Any]:
+    """By overload, the overload of the same name (Tensor, Scalar ...) of the operation's first name (case 5)."""
+    found: dict[Any, Any] = {}
+    for first, others in _OTHER_NAMES.items():
+        packet = getattr(aten, first)
+        for other in (getattr(aten, name) for name in others.split()):
+            shared = sorted(set(other.overloads()) & set(packet.overloads()))
+            found.update((getattr(other, name), getattr(packet, name)) for name in shared)
+    return found
+
+
+ALIASES = _aliases()
+
+
 def detach_notes(graph: fx.Graph) -> list[Note]:
     """A note for each place where the model itself stops gradients: `normalize` erases detach."""
     text = "detach() is erased: in training, gradients flow through it"
@@ -58,6 +82,7 @@ def normalize(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.op != "call_function" or node._erased:
             continue
+        node.target = ALIASES.get(node.target, node.target)
         if node.target in _ASSERTIONS:
             graph.erase_node(node)
         elif not strided and _is_noop(node):  # as_strided reads the memory order that contiguous and clone make

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from fxquant.capture import capture
 from fxquant.capture.check import difference
 from fxquant.capture.functional import is_mutating
+from fxquant.capture.normal_form import ALIASES
 
 
 def assert_equal(program: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -278,3 +279,27 @@ def test_random_net_when_captured_equals_eager(model: nn.Module, example_batch: 
     program = capture(model, torch.randn(example_batch, 3, 16, 16))
     for batch in (1, 2, 5):
         assert_equal(program, model, torch.randn(batch, 3, 16, 16))
+
+
+def test_other_names_of_an_operation_when_captured_become_its_first_name() -> None:
+    class Named(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.multiply(torch.absolute(x), 0.5).negative()
+            z = torch.true_divide(torch.subtract(x, y), 3.0)
+            return torch.concat([torch.arctan(z), torch.special.expit(y)], 1) * torch.greater(x, 0).any()
+
+    model, x = Named().eval(), torch.randn(2, 3)
+    program = capture(model, (x,))
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    wanted = "mul.Tensor abs.default neg.default sub.Tensor div.Tensor cat.default atan.default sigmoid.default"
+    assert {f"aten.{name}" for name in wanted.split()} <= targets
+    assert not targets & {str(alias) for alias in ALIASES}
+    torch.testing.assert_close(program.module(x), model(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("alias", "first"), ALIASES.items(), ids=str)
+def test_aliases_when_renamed_take_the_same_arguments(
+    alias: torch._ops.OpOverload, first: torch._ops.OpOverload
+) -> None:
+    kinds = [[(one.name, str(one.type)) for one in target._schema.arguments] for target in (alias, first)]
+    assert kinds[0] == kinds[1]
