@@ -145,8 +145,11 @@ class Program:
     def simulate(self) -> str:
         """What `module` computes: "float" (fake quantization), "exact" or "integer" (onnxruntime's codes).
 
-        All three share the module's parameters and buffers; `exact` trains, `integer` has no gradients. Setting an
-        unknown name is an FxquantError.
+        All three share the module's parameters and buffers; `exact` trains (first derivatives only), `integer` has no
+        gradients. Both run kernels, not modules: forward hooks on FakeQuants do not fire there. They compute in
+        float32: inputs, or a module, of half or double precision are an FxquantError. NaN has the lowest code, as in
+        onnxruntime. On the CPU every change of a grid is seen; on a GPU one through `.data` is not. Setting an unknown
+        name is an FxquantError.
         """
         return self.module.simulation
 

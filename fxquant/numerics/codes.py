@@ -8,7 +8,7 @@ respect to the **real** value, x_hat = centred * scale, so that no kernel has to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +48,11 @@ class Grid:
     def numbers(self) -> tuple[float, int, int, int]:
         """Scale, zero point, lowest and highest code as they are now, of a grid per tensor."""
         return float(self.scale), int(self.zero_point), self.qmin, self.qmax
+
+    def snapshot(self) -> Grid:
+        """The same grid, which stays as it is when the buffers are written to; of use to autograd in any mode."""
+        with torch.inference_mode(False):
+            return replace(self, scale=self.scale.clone(), zero_point=self.zero_point.clone())
 
     def same_as(self, other: Grid) -> bool:
         """Whether both map the same codes to the same real numbers."""

@@ -17,6 +17,7 @@ SMALLEST_SCALE = 2.0**-60  # the product of two such scales is still a normal fl
 # A tensor that is 0 everywhere is exact at any scale. A weight's (symmetric) is the smallest, then raised to what its
 # bias needs: at 1.0 the bias of a channel without weights would be rounded to steps of the input's scale.
 CONSTANT_ZERO_SCALE = 1.0
+_MOST_ULPS = 4
 
 
 def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,13 +26,20 @@ def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tu
     zero_point = fixed_zero_point(spec)
     if zero_point is None:
         scale = _positive((high64 - low64) / spec.steps, CONSTANT_ZERO_SCALE)
-        found = torch.clamp(torch.round(spec.qmin - low64 / scale.double()), spec.qmin, spec.qmax).to(torch.int64)
-        return scale, found
+        return _within_clip(scale, low64, spec)
     below, above = zero_point - spec.qmin, spec.qmax - zero_point
     need_below = -low64 / below if below else torch.zeros_like(low64)
     need_above = high64 / above if above else torch.zeros_like(high64)
     scale = _positive(torch.maximum(need_below, need_above), SMALLEST_SCALE if spec.symmetric else CONSTANT_ZERO_SCALE)
     return scale, torch.full_like(scale, zero_point, dtype=torch.int64)
+
+
+def clip_codes(low: float, high: float, scale: torch.Tensor, zero_point: torch.Tensor) -> list[torch.Tensor]:
+    """The codes (float32, not clamped) of a clip's bounds, as onnxruntime compares them with qmin and qmax.
+
+    Where they are qmin or less and qmax or more, the clip is redundant: rint(f(bound / s)) + z, f() being float32.
+    """
+    return [torch.round(scale.new_tensor(bound) / scale) + zero_point for bound in (low, high)]
 
 
 def fixed_zero_point(spec: QuantSpec) -> int | None:
@@ -53,6 +61,29 @@ def _within_limits(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tu
     if spec.limits.high is not None:
         high = high.clamp(max=spec.limits.high)
     return low.clamp(max=0.0), high.clamp(min=0.0)
+
+
+def _within_clip(scale: torch.Tensor, low64: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scale` and its zero point; made smaller by an ulp or two where a clip at the limits would not be redundant.
+
+    [-6, 6] in 255 steps ends at 127.5 steps to either side: both round to 127 if the scale was rounded up.
+    """
+    zero_point = _zero_point(scale, low64, spec)
+    low, high = spec.limits.low, spec.limits.high
+    if low is None or high is None or not low < 0.0 < high:
+        return scale, zero_point
+    for _ in range(_MOST_ULPS):
+        codes = clip_codes(low, high, scale, zero_point)
+        cuts = (codes[0] > spec.qmin) | (codes[1] < spec.qmax)
+        if not bool(cuts.any()):
+            break
+        scale = torch.where(cuts, torch.nextafter(scale, torch.zeros_like(scale)), scale)
+        zero_point = _zero_point(scale, low64, spec)
+    return scale, zero_point
+
+
+def _zero_point(scale: torch.Tensor, low64: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    return torch.clamp(torch.round(spec.qmin - low64 / scale.double()), spec.qmin, spec.qmax).to(torch.int64)
 
 
 def _positive(scale: torch.Tensor, instead_of_zero: float) -> torch.Tensor:

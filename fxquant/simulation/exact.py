@@ -9,8 +9,8 @@
 Gradients are those of real values (numerics/codes.py). For acc = sum x w + b, real y = sx sw acc, so with G = dL/dy
     dL/dx = op^T(G sw, w)        dL/dw = op^T(G sw, x) sx / sw        dL/db = sum(G sw) / sw
 that is: autograd of `op` on centred codes, fed with G sw, and the last two scaled. (Scales are at least 2^-60: G sw is
-a normal float32 for |G| > 2^-66, also in dead channels.) Straight-through estimator: Bengio et al., 2013
-(arXiv:1308.3432).
+a normal float32 for |G| > 2^-66, also in dead channels.) There are no second derivatives (first_order.py).
+Straight-through estimator: Bengio et al., 2013 (arXiv:1308.3432).
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from torch.utils import _pytree as pytree
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.kernels.requantize import product_multiplier
+from fxquant.numerics.rounding import lowest_for_nan
 from fxquant.ops.activation import activation_bounds
 from fxquant.ops.kernels import GeneralKernel, PairKernel, ProductKernel, UnaryKernel
 from fxquant.simulation.accumulate import Accumulator, Strategy
 from fxquant.simulation.executor import Call, Executor, real_of
+from fxquant.simulation.first_order import first_order
 from fxquant.simulation.islands import DEFAULT_OPSET, Harvest
 from fxquant.simulation.plan import Unary, along_channels
 from fxquant.simulation.real import real_site
@@ -96,11 +98,13 @@ class ExactArithmetic:
 def strategies(program: Program, *args: Any, **kwargs: Any) -> dict[str, Strategy]:
     """How `exact` adds up the products of each integer kernel, by the operation's name, in graph order.
 
-    Runs one forward on these inputs, without gradients. Layers of other than one part are beyond the certificate.
+    Runs one forward of a copy in eval mode on these inputs, without gradients: the program stays as it is. Layers of
+    other than one part are beyond the certificate.
     """
-    arithmetic = ExactArithmetic()
+    arithmetic, twin = ExactArithmetic(), program.copy()
+    twin.module.eval()
     with torch.no_grad():
-        Executor(program, arithmetic).forward(*args, **kwargs)
+        Executor(twin, arithmetic).forward(*args, **kwargs)
     return dict(arithmetic.accumulator.strategies)
 
 
@@ -150,11 +154,11 @@ def _straight_through(call: Call, out: Grid, centred: torch.Tensor) -> Codes:
 
 
 class _ToGrid(torch.autograd.Function):
-    """clip(rint(x / s), low, high): fake quantization without its last multiplication."""
+    """clip(rint(x / s), low, high): fake quantization without its last multiplication; NaN becomes low."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: Any, high: Any) -> torch.Tensor:
-        grid = x.div(scale).round_()
+        grid = lowest_for_nan(x.div(scale).round_())
         if not ctx.needs_input_grad[0]:
             return grid.clamp_(low, high)
         clamped = torch.clamp(grid, low, high)
@@ -187,6 +191,7 @@ class _Requantize(torch.autograd.Function):
         return scaled.round().clamp_(*bounds)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled, factor = ctx.saved_tensors
         passed = aten.hardtanh_backward(grads[0], scaled, *ctx.passes)
@@ -202,6 +207,7 @@ class _ToReal(torch.autograd.Function):
         return accumulator * multiplier
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (factor,) = ctx.saved_tensors
         return grads[0] * factor, None, None
@@ -216,6 +222,7 @@ class _ScaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (factor,) = ctx.saved_tensors
         return grads[0] * factor, None
@@ -233,6 +240,7 @@ class _Through(torch.autograd.Function):
         return centred.view_as(centred)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         wanted = ctx.needs_input_grad[2:]
         with torch.enable_grad():

@@ -2,7 +2,8 @@
 
 Values are Codes where a quantizer (or an operation that only moves codes) wrote them, and tensors elsewhere; a float
 operation that reads Codes gets their real values. Nothing is stored but what can be derived again: parameters, buffers
-and FakeQuants are the module's own.
+and FakeQuants are the module's own. Grids are snapshots of theirs: what a backward pass reads stays as it was in its
+forward, whatever ran between the two.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxquant.errors import FxquantError
 from fxquant.graph.batches import flat_arguments
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
-from fxquant.numerics.fake_quant import Mode
+from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.numerics.precision import full_precision
 from fxquant.ops.base import Role
 from fxquant.ops.table import TABLE
+from fxquant.simulation.facts import is_on, source_of
 from fxquant.simulation.plan import Plan, Site, Unary, read_plan
-
-_ON = (Mode.FAKE, Mode.FROZEN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ class Executor:
         self._interpreter = fx.Interpreter(program.module, garbage_collect_values=False)
         self._nodes = [node for node in program.graph.nodes if node.op != "output"]
         constants = Constants(program)
-        self._weights = {node: fq for node, fq in program.fake_quant_nodes() if constants.is_constant(_source(node))}
+        self._weights = {node: fq for node, fq in program.fake_quant_nodes() if constants.is_constant(source_of(node))}
         self._activations = {node: fq for node, fq in program.fake_quant_nodes() if node not in self._weights}
         self._biases = dict(program.bias_nodes())
         self._movers = {node for node in self._nodes if _moves(program, node)}
@@ -110,16 +111,25 @@ class Executor:
 
     def _refresh(self) -> None:
         """Read the plan again where modes, or grids of activations, are not what they were."""
-        states = [
-            (fq.mode, id(fq.scale), fq.scale._version, fq.zero_point._version) for fq in self._activations.values()
-        ]
-        key = (*states, *(fq.mode for fq in self._weights.values()))
+        key = (*map(_state, self._activations.values()), *(fq.mode for fq in self._weights.values()))
         if key == self._key:
             return
+        self._refuse_other_precisions()
         self._plan = read_plan(self.program)
-        self._grids = {node: fq.grid for node, fq in self._activations.items() if fq.mode in _ON}
+        snapshots = {id(fq): fq.grid.snapshot() for fq in self._activations.values() if is_on(fq)}
+        self._grids = {node: snapshots[id(fq)] for node, fq in self._activations.items() if is_on(fq)}
         self._dead = self._last_uses()
         self._key = key
+
+    def _refuse_other_precisions(self) -> None:
+        for node, module in self._activations.items():
+            if is_on(module) and module.scale.dtype is not torch.float32:
+                raise FxquantError(
+                    f"scale of '{node.name}'",
+                    expected="torch.float32",
+                    got=str(module.scale.dtype),
+                    remedy="Codes are computed in float32: undo program.module.half() or .double().",
+                )
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         site = self._plan.sites.get(node)
@@ -131,16 +141,16 @@ class Executor:
             out = None if function.end is None else self._grids[function.end]
             return self._arithmetic.look_up(function, values[function.source], out)
         if node in self._grids:
-            return self._quantize(values[_source(node)], self._grids[node])
-        if node in self._weights and self._weights[node].mode in _ON:
-            module, weight = self._weights[node], real_of(values[_source(node)])
+            return self._quantize(values[source_of(node)], self._grids[node])
+        if node in self._weights and is_on(self._weights[node]):
+            module, weight = self._weights[node], real_of(values[source_of(node)])
             module.refresh(weight)
-            return self._arithmetic.quantize(weight, module.grid)
-        if node in self._biases and all(source.mode in _ON for source in self._biases[node].sources):
-            return self._arithmetic.quantize(real_of(values[_source(node)]), self._biases[node].grid)
+            return self._arithmetic.quantize(weight, module.grid.snapshot())
+        if node in self._biases and all(map(is_on, self._biases[node].sources)):
+            return self._arithmetic.quantize(real_of(values[source_of(node)]), self._biases[node].grid)
         if (
             node in self._movers
-            and isinstance(first := values.get(_source(node)), Codes)
+            and isinstance(first := values.get(source_of(node)), Codes)
             and first.grid.scale.ndim == 0
         ):
             return self._move(node, first.grid, values)
@@ -190,12 +200,22 @@ def real_of(value: Any) -> Any:
     return pytree.tree_map_only(Codes, Codes.real, value)
 
 
-def _source(node: fx.Node) -> fx.Node:
-    source = node.args[0] if node.args else None
-    return source if isinstance(source, fx.Node) else node
+def _state(module: FakeQuant) -> tuple[Any, ...]:
+    """What the plan and the grids depend on: a grid's numbers; on a GPU, where reading them waits, who wrote them.
+
+    A write through `.data` has no author: there it is seen only once something else of the program changes.
+    """
+    if not is_on(module):
+        return (module.mode,)
+    scale, zero_point = module.scale, module.zero_point
+    if scale.device.type == "cpu" or scale.is_inference() or zero_point.is_inference():
+        return module.mode, scale.device, scale.dtype, scale.tolist(), zero_point.tolist()
+    return module.mode, id(scale), scale._version, id(zero_point), zero_point._version
 
 
 def _moves(program: Program, node: fx.Node) -> bool:
     """Whether a node only moves codes; a module may do so in eval mode only (dropout), and is not counted."""
-    definition = TABLE.find(node) if node.op == "call_function" else None
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    definition = TABLE.find(node)
     return definition is not None and definition.role_for(node) is Role.GRID_PRESERVING

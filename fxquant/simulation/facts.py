@@ -9,8 +9,6 @@ from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.ops.base import OpDef, OpTable, Role
 
-KERNEL_BITS = 8  # onnxruntime's integer kernels take codes of 8 bits
-
 
 class Facts:
     """One program, as its FakeQuants are now."""

@@ -67,9 +67,11 @@ class Harvest:
 
     def _renewed(self, found: _Harvested | None, function: Unary, grid: Grid, out: Grid | None) -> _Harvested:
         numbers = grid.numbers, None if out is None else out.numbers
-        if found is not None and found.function == function and found.numbers == numbers:
-            return replace(found, grids=(grid, out))
-        return _Harvested(function, (grid, out), numbers, harvest(function, grid, out, self._opset))
+        if found is not None and (found.function, found.numbers) == (function, numbers):
+            if found.table.codes.device == grid.scale.device:
+                return replace(found, grids=(grid, out))
+        with torch.inference_mode(False):
+            return _Harvested(function, (grid, out), numbers, harvest(function, grid, out, self._opset))
 
 
 def harvest(function: Unary, grid: Grid, out: Grid | None, opset: int = DEFAULT_OPSET) -> Table:
@@ -88,7 +90,7 @@ def harvest(function: Unary, grid: Grid, out: Grid | None, opset: int = DEFAULT_
     value = torch.from_numpy(values.copy()).to(real.device)
     if out is not None:
         value = (quantize(value, out.scale, out.zero_point, out.qmin, out.qmax) - out.zero_point).to(torch.float32)
-    return Table(value, (_derivative(program, real, out),))
+    return Table(value, lambda: (_derivative(program, real, out),))
 
 
 def function_program(function: Unary) -> Program:

@@ -17,11 +17,11 @@ from torch import fx
 
 from fxquant.graph.program import Program, input_slots, value_type
 from fxquant.numerics.fake_quant import FakeQuant
-from fxquant.ops.activation import activation_bounds
+from fxquant.ops.activation import activation_bounds, bound_that_cuts
 from fxquant.ops.base import OpDef, OpTable, Role
-from fxquant.ops.kernels import Kernel, ProductKernel
+from fxquant.ops.kernels import KERNEL_BITS, Kernel, ProductKernel
 from fxquant.ops.table import TABLE
-from fxquant.simulation.facts import KERNEL_BITS, Facts, is_on, source_of, spelled
+from fxquant.simulation.facts import Facts, is_on, source_of, spelled
 from fxquant.simulation.regions import Island, IslandKind, Regions, Unary
 from fxquant.spec import Target
 
@@ -193,11 +193,9 @@ class _Reading:
 
     def _why_overflow(self, node: fx.Node, kernel: Kernel, out: FakeQuant) -> str:
         """Why an operation with a kernel is kept in float all the same: it would overflow (lowering's barriers)."""
-        if isinstance(kernel, ProductKernel):
-            return ""
         kinds = ((source, value_type(source)) for source in input_slots(node))
         modules = [self.facts.grid_of(source) for source, kind in kinds if kind is not None and kind.is_float]
-        return kernel.overflows(node, [module.grid for module in modules if module is not None], out.grid)
+        return kernel.why_overflow(node, [None if module is None else module.grid for module in modules], out.grid)
 
     def _why_operand(self, node: fx.Node, operand: fx.Node, definition: OpDef) -> str:
         module = self.facts.grid_of(operand)
@@ -258,10 +256,8 @@ def _why_kept(node: fx.Node, module: FakeQuant) -> str:
     bounds = activation_bounds(node)
     if bounds is None or module.scale.ndim:
         return f"{node.name} has bounds that are not constant"
-    scale, zero_point = float(module.scale), int(module.zero_point)
-    low, high = (bound / scale if abs(bound) == float("inf") else round(bound / scale) for bound in bounds)
-    if low + zero_point > module.spec.qmin:
-        return f"{node.name} cuts at {bounds[0]:g}, above the lowest value of the grid behind it"
-    if high + zero_point < module.spec.qmax:
-        return f"{node.name} cuts at {bounds[1]:g}, below the highest value of the grid behind it"
-    return ""
+    found = bound_that_cuts(bounds, module.grid)
+    if found is None:
+        return ""
+    beyond = "above the lowest" if found == bounds[0] else "below the highest"
+    return f"{node.name} cuts at {found:g}, {beyond} value of the grid behind it"

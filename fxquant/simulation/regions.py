@@ -23,7 +23,8 @@ from torch import fx
 from fxquant.graph.program import value_type
 from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.ops.base import FloatForm
-from fxquant.simulation.facts import KERNEL_BITS, Facts, is_on, source_of, spelled
+from fxquant.ops.kernels import KERNEL_BITS
+from fxquant.simulation.facts import Facts, is_on, source_of, spelled
 from fxquant.spec import Target
 
 _TABULATED = (FloatForm.AGREES, FloatForm.POINTWISE)

@@ -4,14 +4,16 @@
     two codes    y = T[(a - qmin_a) * n_b + b - qmin_b]        at most 65,536 entries
 
 T comes from the reference formula. D, of the same size, is what fake quantization's gradient would be at each entry:
-the derivative of the same nodes in float, quantizer included, found by autograd.
+the derivative of the same nodes in float, quantizer included, found by autograd when a backward pass first asks for it
+(made in a forward, it would show in the caller's saved-tensor hooks, and could not be made in inference mode).
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,15 +22,23 @@ from torch import fx
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.ops.kernels import PairKernel, UnaryKernel
 from fxquant.simulation.executor import Call
+from fxquant.simulation.first_order import first_order
 from fxquant.simulation.real import real_site
+
+_OPERAND = object()  # stands for an operand
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Centred codes (float32) by index, and for each operand its derivative by index (real over real)."""
+    """Centred codes (float32) by index; `derive` computes what `derivatives` keeps."""
 
     codes: torch.Tensor
-    derivatives: tuple[torch.Tensor, ...]
+    derive: Callable[[], tuple[torch.Tensor, ...]]
+
+    @cached_property
+    def derivatives(self) -> tuple[torch.Tensor, ...]:
+        """For each operand its derivative by index (real over real)."""
+        return self.derive()
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,7 @@ class _Made:
     table: Table
     grids: tuple[Grid, ...]
     numbers: tuple[tuple[float, int, int, int], ...]
+    device: torch.device
 
 
 class Tables:
@@ -55,12 +66,13 @@ class Tables:
         made = self._made.get(key)
         if made is None or any(map(operator.is_not, made.grids, grids)):
             # The grid of a parameter is another object at every forward, mostly with the same numbers.
-            numbers = tuple(grid.numbers for grid in grids)
-            if made is not None and made.numbers == numbers:
+            numbers, device = tuple(grid.numbers for grid in grids), call.out.scale.device
+            if made is not None and (made.numbers, made.device) == (numbers, device):
                 table = made.table
             else:
-                table = _make(call, _formula(call, kernel, key[1]), operands, call.out)
-            made = self._made[key] = _Made(table, grids, numbers)
+                with torch.inference_mode(False):
+                    table = _make(call, _formula(call, kernel, key[1]), operands, call.out)
+            made = self._made[key] = _Made(table, grids, numbers, device)
         return Codes(look_up(made.table, operands), call.out)
 
 
@@ -85,10 +97,12 @@ def _formula(call: Call, kernel: PairKernel | UnaryKernel, reverse: bool) -> Cal
 def _make(call: Call, formula: Callable[..., torch.Tensor], operands: list[Codes], out: Grid) -> Table:
     axes = [torch.arange(part.grid.qmin, part.grid.qmax + 1, device=part.centred.device) for part in operands]
     every = [axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")]
-    codes = formula(*every, *(part.grid for part in operands), out)
-    centred = (codes - out.zero_point).to(torch.float32)
     grids = tuple(part.grid for part in operands)
-    return Table(centred, _derivatives(call, every, grids))
+    codes = formula(*every, *grids, out)
+    centred = (codes - out.zero_point).to(torch.float32)
+    # The operands' values are not kept with the table: only where they stand.
+    bare = replace(call, args=tuple(_OPERAND if isinstance(part, Codes) else part for part in call.args))
+    return Table(centred, partial(_derivatives, bare, every, grids))
 
 
 def _derivatives(call: Call, every: list[torch.Tensor], grids: tuple[Grid, ...]) -> tuple[torch.Tensor, ...]:
@@ -98,23 +112,24 @@ def _derivatives(call: Call, every: list[torch.Tensor], grids: tuple[Grid, ...])
             for codes, grid in zip(every, grids, strict=True)
         ]
         given = iter(reals)
-        args = tuple(next(given) if isinstance(part, Codes) else part for part in call.args)
+        args = tuple(next(given) if part is _OPERAND else part for part in call.args)
         value = real_site(call)(args)
         found = torch.autograd.grad(value.sum(), reals, allow_unused=True)
     return tuple(torch.zeros_like(one) if one is None else one for one in found)
 
 
 def _index(operands: list[Codes]) -> torch.Tensor:
-    """Index (int32) of each element's entry."""
+    """Index (int32) of each element's entry; codes that are no numbers (on a grid of no numbers) have some entry."""
     first = operands[0]
+    entries = first.grid.qmax - first.grid.qmin + 1
     if len(operands) == 1:
-        return (first.centred.detach() - first.grid.bounds[0]).to(torch.int32)
+        return (first.centred.detach() - first.grid.bounds[0]).to(torch.int32).clamp_(0, entries - 1)
     other = operands[1]
     count = other.grid.qmax - other.grid.qmin + 1
     offset = first.grid.bounds[0] * count + other.grid.bounds[0]
     # At most 65,535: exact in float32.
     index = torch.add(other.centred.detach(), first.centred.detach(), alpha=count)
-    return index.sub_(offset).to(torch.int32)
+    return index.sub_(offset).to(torch.int32).clamp_(0, entries * count - 1)
 
 
 class _LookUp(torch.autograd.Function):
@@ -125,6 +140,7 @@ class _LookUp(torch.autograd.Function):
         return _take(table.codes, index)
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (index,) = ctx.saved_tensors
         wanted = ctx.needs_input_grad[2:]

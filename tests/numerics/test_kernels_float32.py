@@ -9,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.numerics.kernels.float32 import fused_multiply_add, round_to_int32, saturate
-from tests.numerics.quantized_models import grid
+from fxquant.numerics.kernels.float32 import fused_multiply_add, round_to_int32
 
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)
 
@@ -60,8 +59,3 @@ def test_fused_multiply_add_broadcasts() -> None:
 def test_conversion_to_int32_of_what_does_not_fit_is_its_lowest_number() -> None:
     values = torch.tensor([2.0**31, -(2.0**31), 3e38, torch.inf, -torch.inf, torch.nan, 2.5, -3.5, 2.0**31 - 128])
     assert round_to_int32(values).tolist() == [-(2**31)] * 6 + [2, -4, 2**31 - 128]
-
-
-@given(st.integers(-(2**31), 2**31 - 1), st.integers(1, 255))
-def test_clamping_to_a_byte_and_then_to_a_grid_is_clamping_once(code: int, qmax: int) -> None:
-    assert int(saturate(torch.tensor(code), grid(1.0, 0, qmax))) == min(max(code, 0), qmax)

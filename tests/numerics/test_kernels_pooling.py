@@ -27,6 +27,7 @@ from tests.numerics.quantized_models import (
     differing,
     grid,
     random_cases,
+    run,
     seeds,
     tensor,
     tied_cases,
@@ -190,3 +191,11 @@ def test_global_average_with_another_multiplier_is_found_to_differ() -> None:
 
     assert differing(GLOBAL, [x], cases, formula) == 0
     assert differing(GLOBAL, [x], cases, other) > 0
+
+
+def test_global_average_wraps_where_its_int32_sum_overflows() -> None:
+    """2,900 * 2,910 * 255 is beyond 2^31: the mean of full codes comes out as the lowest one."""
+    x = np.full((1, 1, 2900, 2910), 255, dtype=np.uint8)
+    case = Case((grid(0.1, 0),), grid(0.1, 128))
+    assert int(run(GLOBAL, [x], [case])[0]) == 0
+    assert int(global_average_pool(tensor(x), case.operands[0], case.out, 2)) == 0

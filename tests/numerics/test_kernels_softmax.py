@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fxquant.numerics.kernels import softmax as kernel
 from fxquant.numerics.kernels.softmax import softmax
 from fxquant.numerics.kernels.tables import on_grid
 from fxquant.numerics.rounding import dequantize
@@ -104,3 +106,25 @@ def test_softmax_of_one_element_overflows_as_in_onnxruntime() -> None:
     cases = [Case((grid(0.1, 0),), UNIT)]
     assert differing(operator(-1), [x], cases, lambda _: torch.zeros(256, 1, dtype=torch.int64)) == 0
     assert differing(operator(-1), [x], cases, of(x, -1)) == 0
+
+
+def equal_shares(size: int) -> list[Case]:
+    """Grids on which each of `size` equal codes has a share halfway between two codes: n / size = k + 1/2 steps."""
+    steps = [int(size * (k + 0.5)) for k in range(140)]
+    scales = [float(np.nextafter(np.float32(1 / n), np.float32(0))) for n in steps]
+    return [Case((grid(0.05, 0),), grid(scale, 0)) for scale in scales]
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_softmax_takes_the_logarithm_in_float32_as_ties_show(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, cases = np.zeros((1, size), np.uint8), equal_shares(size)
+    assert differing(operator(-1), [x], cases, of(x, -1)) == 0
+
+    def in_float64(scale: torch.Tensor, size: int) -> torch.Tensor:
+        largest = float(torch.tensor(torch.finfo(torch.float32).max) / size)
+        shift = (math.log(largest) - 5.0) / scale.double()
+        indices = torch.arange(256, dtype=torch.float64)
+        return torch.exp((indices - 255 + shift) * scale.double()).float()
+
+    monkeypatch.setattr(kernel, "exponentials", in_float64)
+    assert differing(operator(-1), [x], cases, of(x, -1)) > 20

@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
 
 from fxquant.numerics.codes import Grid
-from fxquant.numerics.kernels.tables import leaky_relu, logistic, on_grid, regrid, sigmoid
+from fxquant.numerics.kernels.tables import leaky_relu, logistic, number_codes, on_grid, regrid, sigmoid
 from fxquant.numerics.rounding import dequantize
+from fxquant.numerics.runtime import Level, RuntimeOptions, optimised_graph
 from tests.numerics.quantized_models import (
     Case,
     Operator,
@@ -141,3 +143,28 @@ def test_codes_times_a_ratio_are_found_to_differ(operator: Operator) -> None:
     cases = tied_cases(50, 2, 6.0, seed=5)
     assert differing(operator, inputs, cases, compute(regrid)) == 0
     assert differing(operator, inputs, cases, compute(regrid_by_ratio)) > 0
+
+
+@pytest.mark.parametrize("number", [0.7, 1e-3, 3e5, -0.7, -1e-3, 0.0])
+def test_number_beside_codes_has_the_code_and_grid_that_onnxruntime_gives_it(number: float) -> None:
+    """Read from the QLinearWhere that onnxruntime made of Where(condition, dequantized codes, number)."""
+    arrays = {"s": np.float32(0.1), "z": np.uint8(3), "number": np.float32(number)}
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "s", "z"], ["real"]),
+        helper.make_node("Where", ["mask", "real", "number"], ["chosen"]),
+        helper.make_node("QuantizeLinear", ["chosen", "s", "z"], ["y"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("mask", TensorProto.BOOL, [8]),
+        helper.make_tensor_value_info("x", TensorProto.UINT8, [8]),
+    ]
+    output = helper.make_tensor_value_info("y", TensorProto.UINT8, [8])
+    constants = [numpy_helper.from_array(np.asarray(value), name) for name, value in arrays.items()]
+    graph = helper.make_graph(nodes, "where", inputs, [output], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    made = optimised_graph(model.SerializeToString(), RuntimeOptions(Level.ALL, threads=1)).graph
+    (node,) = (node for node in made.node if node.op_type == "QLinearWhere")
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.initializer}
+    code, scale, zero_point = (held[name].item() for name in node.input[4:7])
+    found, of = number_codes(number, torch.device("cpu"))
+    assert (int(found), float(of.scale), int(of.zero_point)) == (code, scale, zero_point)

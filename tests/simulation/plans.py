@@ -14,10 +14,11 @@ from torch import nn
 import fxquant
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import FakeQuant
+from fxquant.ops.kernels import KERNEL_BITS
 from fxquant.ops.table import TABLE
 from fxquant.parity import ParityReport, check_parity
 from fxquant.parity.optimised import Fusion, KernelKind
-from fxquant.simulation.facts import KERNEL_BITS, Facts
+from fxquant.simulation.facts import Facts
 from fxquant.simulation.plan import IslandKind, Plan, read_plan
 
 Forward = Callable[[Any, torch.Tensor], object]  # of a Net, whose layers torch leaves untyped

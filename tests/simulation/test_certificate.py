@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import fxquant
+from fxquant.graph.manager import PassManager
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import Mode
+from fxquant.passes import AssignSpecs, InsertFakeQuant, QuantizeBias, SelectPerChannel
 from fxquant.simulation import Strategy, strategies
 from fxquant.simulation.accumulate import EXACT_IN_FLOAT32, largest_sum
+from tests.capture.nets import ConvNet
 from tests.simulation.programs import calibrated, noise, outputs
 
 weights = st.lists(st.integers(-127, 127), min_size=1, max_size=5)
@@ -134,10 +138,13 @@ def test_sums_beyond_the_certificate_are_exact_in_parts_or_float64(kind: str, wi
     assert_forms_equal(program, x)
 
 
-def test_a_grouped_convolution_beyond_the_certificate_is_computed_in_float64() -> None:
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_a_grouped_convolution_beyond_the_certificate_is_computed_in_float64(has_bias: bool) -> None:
+    """Without the bias, the parts of its weight alone would be certified."""
     weight = torch.randint(100, 128, (4, 1200, 1), generator=torch.Generator().manual_seed(0)).float()
     x = torch.randint(200, 256, (2, 2400, 3), generator=torch.Generator().manual_seed(1)).float()
-    program = planted(nn.Conv1d(2400, 4, 1, groups=2), weight, convolved_to_nothing(x, weight, 2), x)
+    bias = convolved_to_nothing(x, weight, 2) if has_bias else torch.zeros(4)
+    program = planted(nn.Conv1d(2400, 4, 1, groups=2), weight, bias, x)
     assert only(program, x).parts == 0
     assert_forms_equal(program, x)
 
@@ -156,6 +163,15 @@ def test_products_of_activations_are_certified_by_their_grids(size: int, parts: 
     program = calibrated(Attention(), x, y)
     (strategy,) = strategies(program, x, y).values()
     assert (strategy.parts, strategy.largest) == (parts, size * 255**2)
+    assert_forms_equal(program, x, y)
+
+
+def test_products_of_activations_are_certified_by_the_farther_end_of_a_grid() -> None:
+    """A zero point of 255: centred codes from -255 to 0."""
+    x, y = (-torch.rand(shape, generator=torch.Generator().manual_seed(0)) for shape in ((3, 259), (259, 2)))
+    program = calibrated(Attention(), x, y)
+    (strategy,) = strategies(program, x, y).values()
+    assert (strategy.parts, strategy.largest) == (2, 259 * 255**2)
     assert_forms_equal(program, x, y)
 
 
@@ -178,6 +194,23 @@ def test_comparison_finds_a_wrong_certificate(monkeypatch: pytest.MonkeyPatch) -
     program, x = wide("linear", 9000)
     with torch.no_grad():
         assert not torch.equal(outputs(program, "exact", x), outputs(program, "integer", x))
+
+
+def test_strategies_leave_the_program_as_it_is() -> None:
+    """Neither statistics nor grids move, and the mode stays."""
+    torch.manual_seed(0)
+    program = fxquant.capture(ConvNet(), noise(2, 3, 8, 8))
+    PassManager([AssignSpecs(), SelectPerChannel(), InsertFakeQuant(), QuantizeBias()]).run(program)
+    fxquant.calibrate(program, [(noise(2, 3, 8, 8),)], progress=False)
+    program.module.train()
+    with torch.no_grad():
+        next(program.module.parameters()).mul_(2.0)
+    before = {name: tensor.clone() for name, tensor in program.module.state_dict().items()}
+    assert any(name.endswith("running_mean") for name in before)
+    assert strategies(program, noise(2, 3, 8, 8))
+    assert program.module.training and all(module.training for module in program.module.children())
+    for name, tensor in program.module.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_strategies_print_what_they_are() -> None:

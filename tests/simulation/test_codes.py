@@ -14,8 +14,9 @@ from torch.nn import functional as F
 import fxquant
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import Mode
+from fxquant.numerics.runtime import open_session
 from fxquant.simulation import tables
-from tests.simulation.programs import calibrated, counts, noise, outputs, pipeline_of
+from tests.simulation.programs import OPTIONS, calibrated, counts, noise, outputs, pipeline_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 ACTIVATIONS = (nn.Identity, nn.ReLU, nn.ReLU6, lambda: nn.Hardtanh(-0.5, 0.75))
@@ -226,3 +227,72 @@ def test_tables_of_parameters_are_made_once_and_again_when_the_parameter_moves(
         outputs(program, "exact", x)
     assert len(made) == 4
     assert_exact(program, tmp_path, x)
+
+
+def test_infinite_inputs_saturate_and_nan_has_the_lowest_code(tmp_path: Path) -> None:
+    x = noise(2, 3, 8, 8)
+    program = calibrated(seeded(Everything), x)
+    special = x.clone()
+    special[0, :, 0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    path = tmp_path / "model.onnx"
+    fxquant.export_onnx(program, path)
+    session = open_session(path.read_bytes(), OPTIONS)
+    (expected,) = session.run(dict.fromkeys(session.input_names, special.numpy())).values()
+    with torch.no_grad():
+        for simulation in ("exact", "integer"):
+            assert torch.equal(outputs(program, simulation, special), torch.from_numpy(expected))
+    first = next(module for node, module in program.fake_quant_nodes() if node.args[0].op == "placeholder")
+    assert first.codes(special[0, 0, 0, :3]).tolist() == [0, 255, 0]
+    leaf = special.clone().requires_grad_()
+    outputs(program, "exact", leaf).sum().backward()
+    assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
+    assert (leaf.grad[0, :, 0, :3] == 0).all() and (leaf.grad != 0).any()
+
+
+@pytest.mark.parametrize("simulation", ["exact", "integer"])
+def test_a_grid_of_no_numbers_gives_no_numbers(simulation: str) -> None:
+    """Training that diverged is to be seen in its loss: no table is read outside."""
+    program = calibrated(seeded(Everything), noise(2, 3, 8, 8))
+    for _, module in program.fake_quant_nodes():
+        module.mode = Mode.FROZEN
+        module.scale.fill_(float("nan"))
+    assert torch.isnan(outputs(program, simulation, noise(2, 3, 8, 8))).all()
+
+
+class Broadcast(nn.Module):
+    """Of shape [n, 1], plus a parameter of shape [256, 1, 1]: QLinearAdd takes a single number for its second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(noise(256, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.shift
+
+
+# Found by trying: 4 of all 65,536 sums depend on the operands' order.
+UNLIKE = {
+    "x_fq": (0.0448107048869133, 117),
+    "shift_fq": (0.03649750351905823, 85),
+    "add_fq": (0.022801781073212624, 48),
+}
+
+
+def test_a_sum_whose_operands_change_their_order_has_a_table_for_each() -> None:
+    """A batch of one makes the first operand a single number. All codes are added to all."""
+    program = calibrated(Broadcast(), noise(256, 1))
+    modules = {node.name: module for node, module in program.fake_quant_nodes()}
+    for name, (scale, zero_point) in UNLIKE.items():
+        modules[name].mode = Mode.FROZEN
+        modules[name].scale.fill_(scale)
+        modules[name].zero_point.fill_(zero_point)
+    x, codes = modules["x_fq"].real(torch.arange(256)).view(256, 1), torch.arange(256).view(256, 1, 1)
+    rows = [x[i : i + 1] for i in range(256)]
+    with torch.no_grad():
+        program.module.shift.copy_(modules["shift_fq"].real(codes + modules["shift_fq"].spec.qmin))
+        whole = outputs(program, "integer", x)
+        single = torch.cat([outputs(program, "integer", row) for row in rows], 1)
+        assert int((whole != single).sum()) == 4
+        for _ in range(2):
+            assert torch.equal(outputs(program, "exact", x), whole)
+            assert torch.equal(torch.cat([outputs(program, "exact", row) for row in rows], 1), single)

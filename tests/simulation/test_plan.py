@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fxquant.graph.program import Program
-from fxquant.numerics.fake_quant import Mode
+from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.simulation.plan import IslandKind, read_plan
-from fxquant.spec import Target
+from fxquant.spec import Granularity, QuantSpec, Target
+from tests.lowering.programs import S8_PER_CHANNEL, float_program, quantized
 from tests.simulation.plans import Edit, Forward, disagreements, quantizer, run
 
 Tensor = torch.Tensor
@@ -122,6 +124,7 @@ def _bits(name: str, bits: int) -> Edit:
 EDITS: dict[str, Edit] = {
     **{f"{name}-off": _off(name) for name in ("x", "c1_weight", "relu", "c2", "gelu", "fc_weight", "add")},
     "relu-zero-point": _zero_point("relu", 10),
+    "relu-one-code-above": _zero_point("relu", 1),
     "sum-zero-point": _zero_point("add", 255),
     **{f"{name}-{bits}-bits": _bits(name, bits) for name in ("relu", "c2", "gelu") for bits in (4, 16)},
 }
@@ -178,3 +181,77 @@ def test_nothing_is_certified_for_another_target() -> None:
     plan = read_plan(found.program)
     assert plan.sites == {}
     assert {island.kind for island in plan.islands.values()} == {IslandKind.INPUT, IslandKind.FLOAT}
+
+
+def _overflowing(name: str, scale: float) -> Edit:
+    def edit(program: Program) -> None:
+        quantizer(program, name).scale.fill_(scale)
+
+    return edit
+
+
+OVERFLOWS: dict[str, tuple[Forward, float, str]] = {
+    "softmax": (lambda net, x: net.c2(torch.softmax(net.c1(x), -1)), 1e-5, "QLinearSoftmax overflows"),
+    "add": (lambda net, x: net.c1(x) + net.c3(net.c1(x)), 1e-10, "beyond int32"),
+    "mul": (lambda net, x: net.c1(x) * net.c3(net.c1(x)), 1e-10, "beyond int32"),
+    "adaptive_avg_pool2d": (lambda net, x: net.c3(F.adaptive_avg_pool2d(net.c1(x), 1)), 1e-6, "does not run"),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWS)
+def test_kernel_that_would_overflow_is_planned_and_run_in_float(name: str) -> None:
+    function, scale, reason = OVERFLOWS[name]
+    found = run(function, _overflowing(name, scale), simulation="exact")
+    island = found.plan.islands[found.program.node(f"{name}_fq")]
+    assert reason in island.reason
+    assert disagreements(found.program, found.plan, found.report.fusion) == []
+    assert found.report.certified_differing == 0
+    assert run(function).plan.site_of(name) is not None
+
+
+@pytest.mark.parametrize(("scale", "is_absorbed"), [(0.046692606, False), (0.046332046, True), (0.0466, True)])
+def test_clip_near_a_tie_is_redundant_as_float32_has_it(scale: float, is_absorbed: bool) -> None:
+    """In float64 the bounds of the first two round to the other side."""
+
+    def edit(program: Program) -> None:
+        module = quantizer(program, "hardtanh")
+        module.scale.fill_(scale)
+        module.zero_point.fill_(126)
+
+    found = run(lambda net, x: net.c2(F.hardtanh(net.c1(x), -6, 6)), edit, simulation="exact")
+    assert (found.plan.site_of("hardtanh") is not None) == is_absorbed
+    assert disagreements(found.program, found.plan, found.report.fusion) == []
+    assert found.report.certified_differing == 0
+
+
+def _reason(module: nn.Module, spec: QuantSpec, edit: Edit) -> str:
+    """Why a layer of its own, built without passes, has no kernel."""
+    x = torch.rand(4, 8)
+    program = quantized(float_program(module, x), ("input_1", "linear"), x, weight_spec=spec)
+    edit(program)
+    return read_plan(program).islands[program.node("linear_fq")].reason
+
+
+def test_weight_with_scales_along_its_inputs_has_no_kernel() -> None:
+    spec = replace(S8_PER_CHANNEL, granularity=Granularity(1))
+    assert _reason(nn.Linear(8, 8, bias=False), spec, lambda _: None) == "its weight has scales along axis 1"
+
+
+def test_bias_on_the_scale_of_another_value_that_is_off_has_no_kernel() -> None:
+    """Lowering refuses such a bias; the plan may be asked before."""
+
+    def edit(program: Program) -> None:
+        bias = program.bias_fake_quant(program.node("bias_fq"))
+        assert bias is not None
+        own = bias.sources
+        other = FakeQuant(QuantSpec(8))
+        other.mode = Mode.OFF
+        bias.link(other, own[1])
+
+    assert _reason(nn.Linear(8, 8), S8_PER_CHANNEL, edit) == "its bias 'bias_fq' is not quantized to int32"
+
+
+def test_arithmetic_in_half_precision_is_not_certified() -> None:
+    plan = run(lambda net, x: net.c2((net.c1(x).half() + 0.5).float())).plan
+    (island,) = [island for island in plan.islands.values() if island.kind is IslandKind.FLOAT]
+    assert island.uncertified.endswith("it is computed in torch.float16")

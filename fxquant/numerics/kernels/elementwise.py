@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from fxquant.numerics.codes import Grid
-from fxquant.numerics.kernels.float32 import INT32_SPAN, fused_multiply_add, round_to_int32, saturate
+from fxquant.numerics.kernels.float32 import INT32_SPAN, fused_multiply_add, round_to_int32
 
 
 def add(a: torch.Tensor, b: torch.Tensor, grid_a: Grid, grid_b: Grid, out: Grid) -> torch.Tensor:
@@ -28,7 +28,7 @@ def add(a: torch.Tensor, b: torch.Tensor, grid_a: Grid, grid_b: Grid, out: Grid)
     fixed = zero - fused_multiply_add(ratio_a, zero_a, ratio_b * zero_b)
     inner = fused_multiply_add(b.to(torch.float32), ratio_b, fixed)
     total = fused_multiply_add(a.to(torch.float32), ratio_a, inner)
-    return saturate(round_to_int32(total), out)
+    return round_to_int32(total).clamp(out.qmin, out.qmax)
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, grid_a: Grid, grid_b: Grid, out: Grid) -> torch.Tensor:
@@ -36,7 +36,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, grid_a: Grid, grid_b: Grid, out: 
     ratio = (grid_a.scale * grid_b.scale) / out.scale
     accumulator = (a - grid_a.zero_point) * (b - grid_b.zero_point)
     scaled = accumulator.to(torch.float32) * ratio + out.zero_point.to(torch.float32)
-    return saturate(round_to_int32(scaled), out)
+    return round_to_int32(scaled).clamp(out.qmin, out.qmax)
 
 
 def overflow(largest: float, out: Grid) -> str:

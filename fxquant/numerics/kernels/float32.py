@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fxquant.numerics.codes import Grid
-
 INT32_SPAN = 2.0**31
-_BYTE_MIN, _BYTE_MAX = 0, 255
 
 
 def fused_multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -33,8 +30,3 @@ def round_to_int32(values: torch.Tensor) -> torch.Tensor:
     rounded = torch.round(values)
     fits = (rounded >= -INT32_SPAN) & (rounded < INT32_SPAN)
     return torch.where(fits, rounded, torch.full_like(rounded, -INT32_SPAN)).to(torch.int64)
-
-
-def saturate(codes: torch.Tensor, out: Grid) -> torch.Tensor:
-    """Integers clamped to a byte by the kernel, then to the grid by the Clip behind it if the grid is narrower."""
-    return codes.clamp(_BYTE_MIN, _BYTE_MAX).clamp(out.qmin, out.qmax)

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as functional
 
 from fxquant.numerics.codes import Grid
-from fxquant.numerics.kernels.float32 import round_to_int32, saturate
+from fxquant.numerics.kernels.float32 import round_to_int32
 from fxquant.numerics.kernels.requantize import requantize, wrap_int32
 from fxquant.numerics.rounding import dequantize
 
@@ -54,7 +54,7 @@ def average_pool(x: torch.Tensor, grid: Grid, out: Grid, windows: PoolWindows) -
     for element in _elements(real, windows):
         total = total + element
     mean = total / _count(x, total, windows)
-    return saturate(round_to_int32(mean / out.scale + out.zero_point.to(torch.float32)), out)
+    return round_to_int32(mean / out.scale + out.zero_point.to(torch.float32)).clamp(out.qmin, out.qmax)
 
 
 def _is_global(x: torch.Tensor, windows: PoolWindows) -> bool:

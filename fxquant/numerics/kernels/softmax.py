@@ -16,7 +16,6 @@ import math
 import torch
 
 from fxquant.numerics.codes import Grid
-from fxquant.numerics.kernels.float32 import saturate
 
 _LARGEST = torch.finfo(torch.float32).max
 _RESERVE = 5.0  # the table's largest entry is e^-5 of what float32 can hold in sums of D entries
@@ -32,7 +31,7 @@ def softmax(x: torch.Tensor, grid: Grid, out: Grid, axis: int) -> torch.Tensor:
         total = total + term
     quotient = terms * torch.floor(1.0 / out.scale) / total.unsqueeze(axis)
     steps = torch.where(torch.isinf(quotient), torch.zeros_like(quotient), torch.round(quotient))
-    return saturate(steps.to(torch.int64) + out.zero_point, out)
+    return (steps.to(torch.int64) + out.zero_point).clamp(out.qmin, out.qmax)
 
 
 def exponentials(scale: torch.Tensor, size: int) -> torch.Tensor:
