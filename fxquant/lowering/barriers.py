@@ -38,7 +38,6 @@ from fxquant.graph.program import input_slots, value_type
 from fxquant.lowering.scene import Scene
 from fxquant.numerics.codes import Grid
 from fxquant.ops.base import Role
-from fxquant.ops.kernels import ProductKernel
 from fxquant.spec import Encoding
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
@@ -126,15 +125,16 @@ def _overflows(node: fx.Node, encoding: Encoding, scene: Scene) -> bool:
     while scene.role(node) is Role.ACTIVATION and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     definition = scene.definition(node)
-    if definition is None or definition.kernel is None or isinstance(definition.kernel, ProductKernel):
+    if definition is None or definition.kernel is None:
         return False
     sources = [source for source in input_slots(node) if (kind := value_type(source)) is not None and kind.is_float]
     quantizers = [scene.quantizer_of(source) for source in sources]
-    encodings = [encoding, *(scene.encodings.encoding(found) for found in quantizers if found is not None)]
-    if None in quantizers or any(each.scale.ndim for each in encodings):
-        return False  # no integer kernel
-    out, *operands = (Grid(each.scale, each.zero_point, each.spec.qmin, each.spec.qmax) for each in encodings)
-    return bool(definition.kernel.overflows(node, operands, out))
+    operands = [None if found is None else _grid(scene.encodings.encoding(found)) for found in quantizers]
+    return bool(definition.kernel.why_overflow(node, operands, _grid(encoding)))
+
+
+def _grid(encoding: Encoding) -> Grid:
+    return Grid(encoding.scale, encoding.zero_point, encoding.spec.qmin, encoding.spec.qmax)
 
 
 def _dequantizer(value: ir.Value | None, through: frozenset[str]) -> ir.Node | None:

@@ -20,10 +20,10 @@ from fxquant.graph.program import describe, value_type
 from fxquant.lowering.encodings import Array
 from fxquant.lowering.scene import Layer, Scene
 from fxquant.ops.base import Role
+from fxquant.ops.kernels import KERNEL_BITS
 from fxquant.spec import Encoding
 
 LARGEST_ACCUMULATOR = 2**31 - 1
-INTEGER_KERNEL_BITS = 8  # wider grids run in float
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def signed_activation(node: fx.Node, scene: Scene) -> Finding | None:
     if not scene.is_activation_quantizer(node):
         return None
     spec = scene.encodings.encoding(node).spec
-    if not spec.signed or spec.bits > INTEGER_KERNEL_BITS:
+    if not spec.signed or spec.bits > KERNEL_BITS:
         return None
     return Finding(
         f"value '{node.args[0]}' is a signed activation ({spec}), which onnxruntime on x64 rewrites to unsigned in "
@@ -198,7 +198,7 @@ def _integer_layer(node: fx.Node, scene: Scene) -> _IntegerLayer | None:
     if x is None or weight is None or not scene.encodings.is_constant_quantizer(weight):
         return None
     found = _IntegerLayer(layer, scene.encodings.encoding(x), scene.encodings.encoding(weight))
-    return found if max(found.x.spec.bits, found.weight.spec.bits) <= INTEGER_KERNEL_BITS else None
+    return found if max(found.x.spec.bits, found.weight.spec.bits) <= KERNEL_BITS else None
 
 
 def _span(encoding: Encoding) -> tuple[int, int]:
@@ -259,7 +259,7 @@ def _largest_product(node: fx.Node, scene: Scene) -> int | None:
         return None
     grids = [scene.encodings.encoding(source) for source in sources if source is not None]
     length = kind.shape[-1]
-    if not isinstance(length, int) or any(grid.spec.bits > INTEGER_KERNEL_BITS for grid in grids):
+    if not isinstance(length, int) or any(grid.spec.bits > KERNEL_BITS for grid in grids):
         return None
     reach = [max(-low, high) for low, high in map(_span, grids)]
     return length * reach[0] * reach[1]

@@ -18,8 +18,9 @@ from torch import fx
 from fxquant.lowering.barriers import needs_barrier_before_quantizer
 from fxquant.lowering.encodings import storage_dtype
 from fxquant.lowering.writer import GraphWriter
+from fxquant.numerics.codes import Grid
 from fxquant.numerics.rounding import along_axis, dequantize
-from fxquant.ops.activation import activation_bounds
+from fxquant.ops.activation import activation_bounds, bound_that_cuts
 from fxquant.ops.base import Emitted
 from fxquant.spec import Encoding, QuantSpec
 
@@ -109,5 +110,4 @@ def _is_behind_reshaped_product(node: fx.Node, writer: GraphWriter) -> bool:
 
 def _is_within(bounds: tuple[float, float], encoding: Encoding, codes: tuple[int, int]) -> bool:
     """Whether every value that [low, high] cuts off is cut off by codes (lowest, highest), too."""
-    low, high = (torch.round(torch.tensor(bound) / encoding.scale) + encoding.zero_point for bound in bounds)
-    return bool((low <= codes[0]).all() and (high >= codes[1]).all())
+    return bound_that_cuts(bounds, Grid(encoding.scale, encoding.zero_point, *codes)) is None

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxquant.numerics.codes import Grid
+from fxquant.numerics.grids import clip_codes
 from fxquant.numerics.kernels.softmax import overflow, softmax
 from fxquant.numerics.kernels.tables import leaky_relu, sigmoid
 from fxquant.ops._arguments import (
@@ -92,6 +93,17 @@ def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
     if isinstance(low, fx.Node) or isinstance(high, fx.Node):
         return None
     return (float("-inf") if low is None else float(low)), (float("inf") if high is None else float(high))
+
+
+def bound_that_cuts(bounds: tuple[float, float], grid: Grid) -> float | None:
+    """The first of a relu's or clip's bounds that cuts off more than the codes of the grid behind it do; None if none.
+
+    It is how onnxruntime decides whether to run the operation in front on integers.
+    """
+    low, high = clip_codes(*bounds, grid.scale, grid.zero_point)
+    if bool((low > grid.qmin).any()):
+        return bounds[0]
+    return bounds[1] if bool((high < grid.qmax).any()) else None
 
 
 def _emit_relu(node: fx.Node, w: Writer) -> ir.Value:

@@ -19,6 +19,8 @@ from torch import fx
 
 from fxquant.numerics.codes import Grid
 
+KERNEL_BITS = 8  # onnxruntime's integer kernels take codes of 8 bits; wider grids run in float
+
 PairFormula = Callable[[torch.Tensor, torch.Tensor, Grid, Grid, Grid], torch.Tensor]
 UnaryFormula = Callable[[torch.Tensor, Grid, Grid], torch.Tensor]
 GeneralFormula = Callable[[fx.Node, Sequence[Any], Grid], torch.Tensor]
@@ -53,6 +55,13 @@ class Kernel:
     operator: str
     declines: Callable[[fx.Node], str] = accepts
     overflows: Callable[[fx.Node, Sequence[Grid], Grid], str] = field(default=fits, kw_only=True)
+
+    def why_overflow(self, node: fx.Node, operands: Sequence[Grid | None], out: Grid) -> str:
+        """`overflows` of operands as they are; "" if one has no grid, or a grid several scales: no kernel runs then."""
+        grids = [grid for grid in operands if grid is not None]
+        if len(grids) < len(operands) or any(grid.scale.ndim for grid in (*grids, out)):
+            return ""
+        return self.overflows(node, grids, out)
 
 
 @dataclass(frozen=True)

@@ -300,3 +300,12 @@ def test_softmax_runs_on_integers_unless_its_grid_is_too_fine(spread: float, is_
     torch.manual_seed(0)
     program = program_of(nn.Softmax(-1), torch.randn(4, 6, 16) * spread, values=True, weights=False)
     assert ("Max" in {node.op_type for node in lower(program).graph}) == is_kept_in_float
+
+
+def test_barrier_is_left_out_when_a_float_layer_reads_a_float_input() -> None:
+    """The same layer on an input with a grid has one."""
+    program = program_of(nn.Conv2d(3, 8, 3), image(8), values=True, weights=False)
+    assert "Max" in {node.op_type for node in lower(program).graph}
+    fake_quant_of(program, "input_1").mode = Mode.OFF
+    assert "Max" not in {node.op_type for node in lower(program).graph}
+    assert changed(program, image(8, 3), Target.ONNXRUNTIME_X64).differing == 0

@@ -279,3 +279,21 @@ def test_accumulator_is_refused_when_a_product_of_activations_is_too_long() -> N
         lower(program(33_100))
     wrong = wrong_codes(program(33_100), "matmul", torch.ones(2, 1, 33_100), torch.ones(2, 33_100, 1))
     assert wrong.differing == wrong.total and wrong.worst > 200, wrong
+
+
+@pytest.mark.parametrize(("zero_point", "longest"), [(0, 33_025), (128, 65_793), (200, 42_107)])
+def test_accumulator_of_a_product_reaches_as_far_as_its_zero_points_let_it(zero_point: int, longest: int) -> None:
+    class Product(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.matmul(x, y)
+
+    def program(length: int) -> Program:
+        x, y = torch.rand(2, 1, length), torch.rand(2, length, 1)
+        found = quantized(float_program(Product(), x, y), ("x", "y", "matmul"), x, y)
+        fake_quant_of(found, "y").zero_point.fill_(zero_point)
+        return found
+
+    assert longest == (2**31 - 1) // (255 * max(zero_point, 255 - zero_point))
+    lower(program(longest))
+    with pytest.raises(ExportError, match=r"node 'matmul'.*int32 accumulator"):
+        lower(program(longest + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,6 +19,9 @@ from fxquant.lowering import lower
 from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.numerics.runtime import Level, RuntimeOptions
 from fxquant.parity import ParityReport
+from fxquant.spec import QuantSpec
+from tests.lowering.programs import calibrate_on, fake_quant_of, float_program, quantized
+from tests.ops.harness import run_onnx
 
 CONFIG = Path(fxquant.__file__).parents[1] / "configs" / "int8_per_channel.toml"
 BITS = range(2, 9)
@@ -166,3 +170,30 @@ def test_every_convolution_of_a_network_is_fused_when_weights_have_4_bits(
     assert_all_integer(report)
     found = operators(report)
     assert (found["QLinearConv"], found["QLinearAdd"], found["QGemm"]) == (convolutions, sums, 1), found
+
+
+@pytest.mark.parametrize("is_read_twice", [False, True])
+def test_relu_is_written_when_something_else_reads_it_too(is_read_twice: bool) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.conv(x).clamp(-0.5, 0.5)
+            return y * 2.0, y
+
+    torch.manual_seed(0)
+    x = image(2, 3, 8, 8)
+    program = float_program(Twice(), x)
+    quantized(program, ("x", "clamp"), x, specs={"clamp": QuantSpec(4)}, calibrate=False)
+    if is_read_twice:
+        (out,) = (node for node in program.graph.nodes if node.op == "output")
+        out.replace_input_with(program.node("clamp_fq"), program.node("clamp"))
+        program.recompile()
+    calibrate_on(program, x)
+    fake_quant_of(program, "clamp").set_range(torch.tensor(-0.4), torch.tensor(0.4))
+    model = lower.lower(program)
+    assert ("clamp" in {node.name for node in model.graph}) == is_read_twice
+    found = run_onnx(model, [x])[-1]
+    assert np.allclose(found, program.module(x)[1].detach().numpy(), atol=1e-5)
