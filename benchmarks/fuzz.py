@@ -1,7 +1,7 @@
 """Random programs from torch to onnxruntime: no crash, and no differing code where the simulation promises codes.
 
 Each program is drawn from (seed, number), quantized, exported and compared at every quantized tensor. A failure is
-shrunk, printed and saved; the exit code is 1 where there was one.
+shrunk, printed and saved; the exit code is 1 where there was one, and where nothing was compared or too much refused.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from tests.fuzz.check import Outcome, Plan, check_program
 from tests.fuzz.check import Verdict as Ending
 from tests.fuzz.description import Description
 from tests.fuzz.draw import draw_description, random_choices
-from tests.fuzz.judge import Count
+from tests.fuzz.judge import Count, why_void
 from tests.fuzz.repro import load_repro, save_repro
 from tests.fuzz.shrink import Record, shrink
 
@@ -110,14 +110,18 @@ class Summary:
     def verdicts(self) -> list[Verdict]:
         """The promises."""
         count = sum(self.endings.values())
+        refused = self.endings[Ending.REFUSED.value]
         crashed, faulty = self.endings[Ending.CRASHED.value], self.endings[Ending.FAULT.value]
         inherited = f", and {self.codes.inherited:,} overall" if self.codes.inherited else ""
         figures = (
             f"{self.codes.differing:,} of {self.codes.compared:,}{inherited}; {faulty} of {count} programs at fault"
         )
+        void = why_void(count, refused, self.codes.compared)
+        telling = f"{self.codes.compared:,} codes compared, {refused} of {count} programs refused"
         return [
             Verdict("0 crashes", crashed == 0, f"{crashed} of {count} programs"),
             Verdict("0 differing codes at certified nodes", faulty == 0 and self.codes.differing == 0, figures),
+            Verdict("codes compared, few programs refused", not void, void or telling),
         ]
 
     def to_dict(self) -> dict[str, Json]:

@@ -14,6 +14,7 @@ from fxquant.graph.storage import load_program
 from fxquant.lowering.export import export_onnx
 from fxquant.parity import ParityReport, check_parity
 from fxquant.sim import QuantSim
+from fxquant.simulation import Strategy, strategies
 from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, Target
 
 __version__ = version("fxquant")
@@ -30,6 +31,7 @@ __all__ = [
     "QuantSim",
     "QuantSpec",
     "Stage",
+    "Strategy",
     "Target",
     "calibrate",
     "capture",
@@ -37,4 +39,5 @@ __all__ = [
     "export_onnx",
     "load_pipeline",
     "load_program",
+    "strategies",
 ]

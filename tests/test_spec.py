@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fxquant.errors import SpecError
 from fxquant.numerics.fake_quant import FakeQuant, Mode
-from fxquant.numerics.grids import SMALLEST_SCALE, grid_for_range
+from fxquant.numerics.grids import SMALLEST_SCALE, clip_codes, grid_for_range
 from fxquant.numerics.rounding import dequantize, fake_quantize, quantize
 from fxquant.spec import Encoding, Granularity, Limits, QuantSpec
 
@@ -126,3 +126,32 @@ def test_fake_quant_observes_then_quantizes_then_stands_still() -> None:
     module.mode = Mode.FROZEN
     module(weight)
     assert torch.allclose(module.scale, first * 2)
+
+
+@given(
+    high=st.floats(2.0**-13, 2.0**13, width=32),
+    ratio=st.one_of(st.sampled_from([1.0, 0.5, 1 / 3, 2.0, 3.0]), st.floats(1e-3, 1e3)),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 7, 8, 16]),
+    part=st.one_of(st.just(1.0), st.floats(2.0**-10, 1.0)),  # a tensor of zeros has scale 1, whatever its limits
+    is_from_zero=st.booleans(),
+)
+def test_clip_is_redundant_behind_any_range_that_it_limits(
+    high: float, ratio: float, bits: int, part: float, is_from_zero: bool
+) -> None:
+    low = 0.0 if is_from_zero else -high * ratio
+    spec = QuantSpec(bits=bits, limits=Limits(low, high, 0 if is_from_zero else None))
+    for seen in ((low, high), (low * part, high), (low, high * part), (2 * low, 3 * high)):
+        scale, zero_point = grid_for_range(torch.tensor(seen[0]), torch.tensor(seen[1]), spec)
+        codes = clip_codes(low, high, scale, zero_point)
+        assert codes[0] <= 0 and codes[1] >= spec.qmax, (seen, scale, zero_point)
+
+
+def test_clip_would_be_kept_if_its_range_were_rounded_up() -> None:
+    """255 steps from -8.5 to 8.5: the nearest float32 scale has 127.49999 of them to either side."""
+    bound = 8.499281883239746
+    assert [float(code) for code in clip_codes(-bound, bound, torch.tensor(2 * bound / 255), torch.tensor(127))] == [
+        0,
+        254,
+    ]
+    scale, zero_point = grid(-bound, bound, U8.limited(Limits(-bound, bound)))
+    assert scale < torch.tensor(2 * bound / 255) and zero_point == 128

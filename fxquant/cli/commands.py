@@ -131,6 +131,9 @@ def _program_path(options: argparse.Namespace, onnx_path: Path) -> Path:
     if options.program_place and options.program and options.program_place != options.program:
         got = f"{options.program_place} and --program {options.program}"
         raise FxquantError("parity", expected="one program", got=got)
+    if not onnx_path.is_file():
+        remedy = "Check the path and the folder you are in."
+        raise FxquantError(f"parity: ONNX file '{onnx_path}' does not exist", remedy=remedy)
     named = options.program_place or options.program
     path = Path(named) if named else onnx_path.with_suffix(".fxq")
     if not path.is_file():

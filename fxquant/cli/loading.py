@@ -102,6 +102,9 @@ def load_batches(name: str, batch_size: int) -> Iterable[Batch]:
     if path.suffix in (".npy", ".npz"):
         _require_file(path, "data")
         return Batches([path], batch_size)
+    if path.is_file():
+        expected = ".npy, .npz, a folder of them, or package.module:callable"
+        raise FxquantError(f"data '{name}'", expected=expected, got=f"a {path.suffix or 'plain'} file")
     found = resolve(name, "data")
     with user_code(f"data '{name}'"):
         batches = found() if callable(found) else found

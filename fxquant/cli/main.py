@@ -192,6 +192,7 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--level",
+        type=str.upper,
         default=Level.ALL.value,
         choices=tuple(level.value for level in Level),
         help="onnxruntime's graph optimisation (default: %(default)s)",

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxquant.graph.program import Program
 from fxquant.numerics.runtime import RuntimeOptions
-from fxquant.ops.base import Role
+from fxquant.ops.base import FloatForm, OpDef, Role
 from fxquant.ops.table import TABLE
 from fxquant.parity.optimised import Fusion, KernelKind, NodeKernel
 from fxquant.parity.segments import Segment
@@ -118,6 +118,20 @@ class Certifier:
         site = self._plan.sites.get(computing[0]) if len(computing) == 1 else None
         return site if site is not None and site.end is None else None
 
+    def why_float(self) -> dict[str, str]:
+        """By operation in front of a quantizer, why the plan leaves it in float; {} where nothing is fused at all."""
+        if not self._options.level.fuses:
+            return {}
+        reasons = {self._operation(end).name: island.reason for end, island in self._plan.islands.items()}
+        return {name: reason for name, reason in reasons.items() if reason}
+
+    def _operation(self, end: fx.Node) -> fx.Node:
+        """What the relus and clips in front of a quantizer read."""
+        node = end.all_input_nodes[0]
+        while (definition := self._definition(node)) is not None and definition.role_for(node) is Role.ACTIVATION:
+            node = node.all_input_nodes[0]
+        return node
+
     def _segment(self, segment: Segment) -> Certification:
         if self._simulation not in BIT_EXACT:
             return Certification(Standing.UNCERTIFIED, reason=f"the {self._simulation} simulation promises no codes")
@@ -159,14 +173,24 @@ class Certifier:
         for node in island.nodes:
             ran = self._fusion.of(node.name)
             integer = [name for name in ran.kernels if name in CERTIFIED_ON] if ran is not None else []
-            if integer:
-                return Certification(Standing.UNCERTIFIED, integer[0], "the plan expects it in float")
+            if integer and not self._stays_on_grid(island):
+                reason = "onnxruntime runs an integer kernel where the plan expects float"
+                return Certification(Standing.UNCERTIFIED, integer[0], reason)
         if not island.kind.is_certified:
             return Certification(Standing.ISLAND, reason=island.uncertified or island.reason)
         quantized = self._kernel(QUANTIZE)
         own = Certification(quantized.standing, QUANTIZE, quantized.reason or island.kind.value)
         products = [self._plan.sites[source] for source in island.sources if source in self._plan.sites]
         return _least([own, *(self._site(site) for site in products if site.end is None)])
+
+    def _stays_on_grid(self, island: Island) -> bool:
+        """Whether an island moves codes of one grid about (a circular pad): then any kernel gives the same codes."""
+        definitions = [(node, self._definition(node)) for node in island.nodes]
+        if not all(one is not None and one.float_form_for(node) is FloatForm.MOVES for node, one in definitions):
+            return False
+        quants = [self._program.fake_quant(node) for node in (island.end, *island.sources)]
+        grids = [module.grid for module in quants if module is not None]
+        return len(grids) == len(quants) and all(grid.same_as(grids[0]) for grid in grids)
 
     def _output(self, segment: Segment) -> Certification:
         computing = [node for node in segment.nodes if not self._moves(node)]
@@ -178,8 +202,11 @@ class Certifier:
         """Whether a node only moves codes."""
         if self._program.fake_quant(node) is not None:
             return True  # off, or it would end the segment
-        definition = TABLE.find(node, self._program.submodule(node) if node.op == "call_module" else None)
+        definition = self._definition(node)
         return definition is not None and definition.role_for(node) is Role.GRID_PRESERVING
+
+    def _definition(self, node: fx.Node) -> OpDef | None:
+        return TABLE.find(node, self._program.submodule(node) if node.op == "call_module" else None)
 
 
 _MOVES = Certification(Standing.CERTIFIED, reason="moves codes")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from fxquant.errors import FxquantError, ParityError
 from fxquant.graph.batches import Batch, placeholder_values
@@ -27,14 +28,15 @@ from fxquant.numerics.runtime import (
 from fxquant.parity.certification import BIT_EXACT, Certifier
 from fxquant.parity.compare import Tally, compare_codes, compare_values
 from fxquant.parity.constants import compare_stored
-from fxquant.parity.grids import foreign_grids, runtime_codes
+from fxquant.parity.grids import foreign_grids, outside_grid, runtime_codes
 from fxquant.parity.localise import FOREIGN_GRID, Blame, Evidence, blame, blame_site
 from fxquant.parity.onnx_file import FileQuantizer, OnnxFile
 from fxquant.parity.optimised import read_fusion
 from fxquant.parity.report import Environment, ParityReport
 from fxquant.parity.segments import Segment, SegmentReader
-from fxquant.parity.simulation import RuntimeCodes, Simulation, find_simulation
-from fxquant.parity.verdicts import Findings, is_beyond, is_explained, rows_of
+from fxquant.parity.simulation import CodeSimulation, RuntimeCodes, Simulation, find_simulation
+from fxquant.parity.sums import LayerSums, layer_sums
+from fxquant.parity.verdicts import Findings, is_beyond, is_explained, rows_of, step_of
 from fxquant.progress import track
 
 DEFAULT_OPTIONS = RuntimeOptions()
@@ -108,11 +110,13 @@ class _Comparison:
         self._segments = reader.segments()
         self._certifier = Certifier(reader.program, self._fusion, options, simulation.name)
         self._certifications = self._certifier.of_segments(self._segments)
+        self._fusion = self._fusion.explained(self._certifier.why_float())
         promised = self._codes if simulation.name in BIT_EXACT else ()
         self._foreign = foreign_grids(reader.program, file, self._quantizers, promised)
         self._overall = {segment: Tally() for segment in self._segments}
         self._local = {segment: Tally() for segment in self._segments}
         self._blames: dict[Segment, Blame] = {}
+        self._sums: tuple[LayerSums, ...] = ()
         self._probe_differs = False
         self._batches = 0
 
@@ -124,12 +128,33 @@ class _Comparison:
         self._compare_with_real(feed, found)
         teacher = self._teacher(found)
         self._sweep(inputs, {}, found, self._overall)
+        if isinstance(self._simulation, CodeSimulation):
+            self._sums = layer_sums(self._simulation.strategies)
         suspects = self._sweep(inputs, teacher, found, self._local)
+        misled = self._blame_codes_outside(found)
         evidence = Evidence(inputs, feed, teacher, {name: found[name] for name in self._codes.values()})
         for segment in suspects:
-            if segment not in self._blames and not is_explained(segment, self._stored):
+            is_known = segment in self._blames or not misled.isdisjoint(segment.sources)
+            if not is_known and not is_explained(segment, self._stored):
                 self._blames[segment] = self._blame(segment, evidence)
         self._batches += 1
+
+    def _blame_codes_outside(self, found: Mapping[str, Array]) -> set[fx.Node]:
+        """Blame the first quantizers whose codes are none of their grids; returns all of them: they teach wrongly."""
+        program, outside = self._reader.program, dict[fx.Node, int]()
+        for name, tensor in self._codes.items():
+            node = program.node(name)
+            if count := outside_grid(program, node, found[tensor]):
+                outside[node] = count
+        for segment in self._segments:
+            count = 0 if segment.output else outside.get(segment.end, 0)
+            if count and outside.keys().isdisjoint(segment.sources):
+                module = program.fake_quant(segment.end)
+                assert module is not None
+                grid = f"[{module.spec.qmin}, {module.spec.qmax}]"
+                reason = f"{count:,} codes outside the grid {grid} in batch {self._batches}"
+                self._blames.setdefault(segment, Blame((segment.value,), reason))
+        return set(outside)
 
     def _blame(self, segment: Segment, evidence: Evidence) -> Blame:
         if not segment.output and segment.end in self._foreign:
@@ -164,6 +189,7 @@ class _Comparison:
             fusion=self._fusion,
             environment=_environment(self._options),
             nodes=self._certifier.of_nodes(self._certifications),
+            sums=self._sums,
             notes=self._notes(),
         )
 
@@ -189,7 +215,7 @@ class _Comparison:
         if segment.output:
             difference = compare_values(simulated, found[segment.output], self._batches)
             tally.add(difference)
-            return is_beyond(segment, difference, self._certifications[segment])
+            return is_beyond(segment, difference, self._certifications[segment], step_of(self._reader, segment))
         tensor = self._codes.get(segment.end.name)
         if tensor is None:
             return False
@@ -197,7 +223,7 @@ class _Comparison:
         assert module is not None
         difference = compare_codes(simulated, found[tensor], module.spec.steps, self._batches)
         tally.add(difference)
-        return is_beyond(segment, difference, self._certifications[segment])
+        return is_beyond(segment, difference, self._certifications[segment], step_of(self._reader, segment))
 
     def _teacher(self, found: Mapping[str, Array]) -> dict[str, RuntimeCodes]:
         """onnxruntime's codes at every activation's quantizer, on the grids that the file gives them."""

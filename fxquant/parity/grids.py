@@ -28,6 +28,13 @@ def runtime_codes(
     return RuntimeCodes(codes, module.scale.new_tensor(scale), module.zero_point.new_tensor(zero_point))
 
 
+def outside_grid(program: Program, node: fx.Node, computed: Array) -> int:
+    """How many of onnxruntime's codes at a FakeQuant node are none of its grid: a bound of narrow codes got lost."""
+    module = program.fake_quant(node)
+    assert module is not None
+    return int(np.count_nonzero((computed < module.spec.qmin) | (computed > module.spec.qmax)))
+
+
 def foreign_grids(
     program: Program, file: OnnxFile, quantizers: Mapping[str, list[FileQuantizer]], names: Iterable[str]
 ) -> frozenset[fx.Node]:

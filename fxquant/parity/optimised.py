@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -77,6 +77,14 @@ class Fusion:
     def of(self, node: str) -> NodeKernel | None:
         """The kernel of the FX node called `node`; None if the file has no such node."""
         return next((kernel for kernel in self.nodes if kernel.node == node), None)
+
+    def explained(self, reasons: Mapping[str, str]) -> Fusion:
+        """The same, with these reasons (by FX node) for what runs in float: causes, where the file shows effects."""
+        floats = {kernel.node for kernel in self.unfused} & set(reasons)
+        nodes = (
+            replace(kernel, reason=reasons[kernel.node]) if kernel.node in floats else kernel for kernel in self.nodes
+        )
+        return replace(self, nodes=tuple(nodes))
 
     def count(self, kind: KernelKind) -> int:
         """How many FX nodes are of a kind."""

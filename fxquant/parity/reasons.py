@@ -154,7 +154,7 @@ def _bounds(file: OnnxFile, clip: onnx.NodeProto) -> tuple[float, float]:
 
 
 def _code(bound: float, scale: Array, zero_point: Array) -> float:
-    return float(np.rint(np.float64(bound) / scale.ravel()[0]) + int(zero_point.ravel()[0]))
+    return float(np.rint(np.float32(bound) / scale.ravel()[0]) + int(zero_point.ravel()[0]))
 
 
 def _why_type(file: OnnxFile, node: onnx.NodeProto) -> str:

@@ -11,6 +11,7 @@ from fxquant.parity.certification import BIT_EXACT, NodeCertification, Standing
 from fxquant.parity.constants import StoredDifference
 from fxquant.parity.optimised import Fusion
 from fxquant.parity.row import Row, Verdict
+from fxquant.parity.sums import LayerSums, sums_text
 from fxquant.parity.text import agreement_text, counted, fusion_text, named, nodes_text, table
 
 __all__ = ["Environment", "ParityReport", "Row", "Verdict"]
@@ -53,6 +54,7 @@ class ParityReport:
         fusion: the graph that onnxruntime really ran.
         environment: on what.
         nodes: what is promised of each node that computes real values, in graph order.
+        sums: how the exact simulation added up each layer's products, in graph order; () of other simulations.
         notes: what else a reader must know.
     """
 
@@ -65,6 +67,7 @@ class ParityReport:
     fusion: Fusion
     environment: Environment
     nodes: tuple[NodeCertification, ...] = ()
+    sums: tuple[LayerSums, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -145,6 +148,7 @@ class ParityReport:
                 "worst_local_steps": self.worst_local_steps,
                 "rows": [row.to_dict() for row in self.rows],
                 "nodes": [node.to_dict() for node in self.nodes],
+                "sums": [item.to_dict() for item in self.sums],
                 "stored": [item.to_dict() for item in self.stored],
                 "fusion": self.fusion.to_dict(),
                 "environment": self.environment.to_dict(),
@@ -159,6 +163,7 @@ class ParityReport:
         parts += [agreement_text(row) for row in self.outputs]
         parts.append(fusion_text(self.fusion))
         parts += [nodes_text(self.nodes)] if self.simulation in BIT_EXACT else []
+        parts += [sums_text(self.sums)] if self.sums else []
         parts += [f"stored: {item}" for item in self.stored]
         parts += [f"{row.value}: {row.reason}" for row in self.rows if row.reason]
         parts += [f"note: {note}" for note in self.notes]

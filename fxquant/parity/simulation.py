@@ -15,6 +15,7 @@ from fxquant.numerics.codes import Codes, Grid, codes_from_integers
 from fxquant.numerics.precision import full_precision
 from fxquant.numerics.rounding import dequantize
 from fxquant.parity.segments import SegmentReader
+from fxquant.simulation.accumulate import Strategy
 from fxquant.simulation.exact import ExactArithmetic
 from fxquant.simulation.executor import Arithmetic, Executor, real_of
 from fxquant.simulation.integer import IntegerArithmetic
@@ -82,12 +83,15 @@ class CodeSimulation:
 
     Arguments:
         arithmetic: makes one, for a file of a given opset.
+
+    `strategies` has, by operation, how the last run added up its products (float32, in parts, float64); empty on int64.
     """
 
     def __init__(self, name: str, arithmetic: Callable[[int], Arithmetic], opset: int = DEFAULT_OPSET) -> None:
         self.name = name
         self._arithmetic = arithmetic
         self._opset = opset
+        self.strategies: Mapping[str, Strategy] = {}
 
     def for_opset(self, opset: int) -> CodeSimulation:
         """The same, of a file of this opset."""
@@ -95,11 +99,14 @@ class CodeSimulation:
 
     def run(self, program: Program, inputs: Mapping[str, Any], teacher: Mapping[str, RuntimeCodes]) -> Iterator[Step]:
         """See Simulation.run."""
-        executor, values = Executor(program, self._arithmetic(self._opset)), dict[fx.Node, Any]()
+        arithmetic = self._arithmetic(self._opset)
+        executor, values = Executor(program, arithmetic), dict[fx.Node, Any]()
         taught = {name: self._codes(program, name, codes) for name, codes in teacher.items()}
         with torch.no_grad(), full_precision():
             for node, codes in executor.steps(inputs, taught, values):
                 yield Step(node, codes.integers.to(torch.int32), is_output=False)
+        if isinstance(arithmetic, ExactArithmetic):
+            self.strategies = dict(arithmetic.accumulator.strategies)
         for node in program.graph.output_node().all_input_nodes:
             value = real_of(values[node])
             yield Step(node, value if isinstance(value, torch.Tensor) else torch.tensor([value]), is_output=True)
@@ -110,7 +117,8 @@ class CodeSimulation:
         assert module is not None
         axis = module.spec.granularity.axis if codes.scale.ndim else None
         grid = Grid(codes.scale, codes.zero_point.to(torch.int64), module.spec.qmin, module.spec.qmax, axis)
-        return codes_from_integers(codes.codes, grid)
+        # Kernels and tables know no other codes: a file that gives some is at fault where it does (grids.outside_grid).
+        return codes_from_integers(codes.codes.clamp(grid.qmin, grid.qmax), grid)
 
 
 class Evaluation:

@@ -63,7 +63,7 @@ def rows_of(reader: SegmentReader, findings: Findings, fusion: Fusion) -> tuple[
     rows: list[Row] = []
     for segment in findings.overall:
         upstream = _worst([causes.get(source, _NOTHING) for source in segment.sources])
-        verdict = _verdict(segment, findings)
+        verdict = _verdict(reader, segment, findings)
         is_island = findings.certifications[segment].standing is Standing.ISLAND
         own = _Cause(verdict, segment.value, is_island, len(rows)) if SEVERITY[verdict] else _NOTHING
         if not segment.output:
@@ -77,13 +77,13 @@ def _worst(causes: list[_Cause]) -> _Cause:
     return max(causes, key=lambda cause: (SEVERITY[cause.verdict], -cause.row), default=_NOTHING)
 
 
-def _verdict(segment: Segment, findings: Findings) -> Verdict:
+def _verdict(reader: SegmentReader, segment: Segment, findings: Findings) -> Verdict:
     overall, local = findings.overall[segment], findings.local[segment]
     if owned(segment, findings.stored):
         return Verdict.STORED
     if segment in findings.blames or findings.is_misread(segment):
         return Verdict.DIFFERS
-    if is_beyond(segment, local, findings.certifications[segment]):
+    if is_beyond(segment, local, findings.certifications[segment], step_of(reader, segment)):
         return Verdict.INHERITED  # from a grid in front of it that is not the program's
     if local.differing:
         return Verdict.ROUNDING
@@ -108,15 +108,16 @@ def is_explained(segment: Segment, stored: Iterable[StoredDifference]) -> bool:
     return bool(owned(segment, kept)) or any(item.quantizer in sources for item in kept)
 
 
-def is_beyond(segment: Segment, local: Difference, certification: Certification) -> bool:
+def is_beyond(segment: Segment, local: Difference, certification: Certification, step: float) -> bool:
     """Whether a local difference is more than may be: where certified any, else more than rounding explains.
 
-    Rounding explains a step, or for an output float32 additions.
+    Rounding explains a step, or for an output float32 additions: relative to its largest value or to a `step` of the
+    grids in front, whichever is more (a variance of equal numbers is 0 on one side, and rounding on the other).
     """
     if certification.is_certified:
         return local.differing > 0
     if segment.output:
-        return not local.worst <= FLOAT_ROUNDING * local.largest
+        return not local.worst <= FLOAT_ROUNDING * max(local.largest, step if step > 0 else 0.0)
     return local.worst > 1
 
 
@@ -143,7 +144,7 @@ def _row(
         kernels=kernels,
         overall=findings.overall[segment],
         local=findings.local[segment],
-        step=_step(reader, segment),
+        step=step_of(reader, segment),
         verdict=verdict,
         certification=findings.certifications[segment],
         origin=upstream.value if is_inherited else "",
@@ -153,7 +154,7 @@ def _row(
     )
 
 
-def _step(reader: SegmentReader, segment: Segment) -> float:
+def step_of(reader: SegmentReader, segment: Segment) -> float:
     """The largest scale of the segment's own grid or, for an output, of the grids in front of it; NaN without any."""
     ends = segment.sources if segment.output else (segment.end,)
     modules = [module for module in map(reader.program.fake_quant, ends) if module is not None]

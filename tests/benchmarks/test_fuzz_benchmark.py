@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import fxquant
 from benchmarks import fuzz
+from fxquant.errors import ExportError
+from fxquant.graph.program import Program
 from fxquant.numerics.codes import Grid
 from fxquant.simulation import integer
 
@@ -47,6 +50,32 @@ def test_failure_is_shrunk_saved_and_runs_again(
     monkeypatch.undo()
     assert fuzz.main([*few, "--repro", str(saved / "description.json")]) == 0
     assert "passed : 0 of" in capsys.readouterr().out
+
+
+def test_exit_code_is_1_when_every_program_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(program: Program, path: Path) -> Path:
+        raise ExportError("its int32 accumulator may reach 3e9")
+
+    monkeypatch.setattr(fxquant, "export_onnx", refuse)
+    assert fuzz.main([*QUICK, "--examples", "3"]) == 1
+    text = capsys.readouterr().out
+    assert "ok   0 crashes: 0 of 3 programs" in text and "refused by: 3 accumulator beyond int32" in text
+    assert "FAIL codes compared, few programs refused: no code of 3 programs was compared" in text
+
+
+def test_exit_code_is_1_when_too_many_programs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    export, made = fxquant.export_onnx, list[Path]()
+
+    def refuse_second(program: Program, path: Path) -> Path:
+        made.append(path)
+        if len(made) == 2:
+            raise ExportError("its int32 accumulator may reach 3e9")
+        return export(program, path)
+
+    monkeypatch.setattr(fxquant, "export_onnx", refuse_second)
+    assert fuzz.main([*QUICK, "--examples", "3"]) == 1
 
 
 def test_repro_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

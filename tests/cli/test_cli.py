@@ -141,7 +141,7 @@ def test_parity_fails_when_a_single_code_of_a_certified_node_differs(
     ("option", "wrong", "accepted"),
     [
         ("--simulation", "exakt", ("float", "exact", "integer")),
-        ("--level", "all", ("ALL", "EXTENDED", "BASIC", "DISABLED")),
+        ("--level", "MOST", ("ALL", "EXTENDED", "BASIC", "DISABLED")),
     ],
 )
 def test_parity_says_what_is_accepted_when_a_name_is_wrong(
@@ -203,7 +203,7 @@ def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(
             "int8_per_channel",
         ),
         (["quantize", "model.py:make_net", "--data", "images.npy", "--opset", "12", "--out", "o"], "13"),
-        (["parity", "absent.onnx", "--data", "images.npy"], "does not exist"),
+        (["parity", "absent.onnx", "--data", "images.npy"], "ONNX file 'absent.onnx' does not exist"),
         (["show", "absent.fxq"], "absent.fxq"),
         (["diff", "absent.fxq"], "two .fxq files"),
         (["show", "model.py:make_net"], "--data"),

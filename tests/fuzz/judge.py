@@ -13,6 +13,8 @@ from fxquant.parity import ParityReport
 from fxquant.parity.certification import Standing
 from fxquant.parity.report import Row, Verdict
 
+MOST_REFUSED = 0.1  # of many programs; a guard that refuses more than it must shows here, and nowhere else
+
 
 @dataclass(frozen=True)
 class Count:
@@ -30,6 +32,17 @@ class Count:
 
     def __add__(self, other: Count) -> Count:
         return Count(self.compared + other.compared, self.differing + other.differing, self.inherited + other.inherited)
+
+
+def why_void(programs: int, refused: int, compared: int) -> str:
+    """Why a run over programs has shown nothing: no code compared, or too many refused; "" if it has."""
+    if compared == 0:
+        return f"no code of {programs} programs was compared"
+    return (
+        f"{refused} of {programs} programs were refused, more than {MOST_REFUSED:.0%}"
+        if refused > MOST_REFUSED * programs
+        else ""
+    )
 
 
 def is_certified(row: Row) -> bool:

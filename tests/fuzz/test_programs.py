@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ import fxquant
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Grid
 from fxquant.numerics.runtime import Level
-from fxquant.simulation import integer
-from tests.fuzz.check import REFUSALS, Plan, Verdict, check_program
+from fxquant.simulation import certification, integer
+from fxquant.simulation.certification import Platform
+from tests.fuzz.check import REFUSALS, Outcome, Plan, Verdict, check_program
 from tests.fuzz.description import Description
 from tests.fuzz.draw import descriptions, draw_description, random_choices, random_description
+from tests.fuzz.judge import why_void
 from tests.fuzz.shrink import Record, shrink
 from tests.parity.files import change_code, plant
 
@@ -27,24 +30,89 @@ SLOW_BLOCKS, BLOCK = 6, 25
 INTEGER_ALONE = Plan(("integer",), (Level.ALL,), batches=1)
 
 
-def assert_good(description: Description) -> None:
+@dataclass
+class Seen:
+    """What a test has seen of the programs that it took."""
+
+    programs: int = 0
+    refused: int = 0
+    compared: int = 0
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one program."""
+        self.programs += 1
+        self.refused += outcome.verdict is Verdict.REFUSED
+        self.compared += outcome.codes.compared
+
+    def assert_telling(self) -> None:
+        """Codes were compared, and few programs refused: else the absence of faults would say nothing."""
+        assert not (reason := why_void(self.programs, self.refused, self.compared)), reason
+
+
+def assert_good(description: Description, seen: Seen) -> None:
     """Nothing crashed and nothing differs; else the failure with the description that repeats it."""
     outcome = check_program(description)
     assert not outcome.verdict.is_bad, f"{outcome.key}\n{outcome.text}\n{description}\n{description.to_json()}"
     assert outcome.codes.differing == 0 and outcome.codes.inherited == 0
+    seen.add(outcome)
 
 
-@QUICK
-@given(descriptions())
-def test_random_program_agrees_with_onnxruntime(description: Description) -> None:
-    assert_good(description)
+def assert_random_programs_good() -> None:
+    """The programs of hypothesis, all of them judged at the end."""
+    seen = Seen()
+
+    @QUICK
+    @given(descriptions())
+    def check(description: Description) -> None:
+        assert_good(description, seen)
+
+    check()
+    seen.assert_telling()
+
+
+def test_random_program_agrees_with_onnxruntime() -> None:
+    assert_random_programs_good()
+
+
+def test_programs_that_are_all_refused_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(program: Program, path: Path) -> Path:
+        raise fxquant.errors.ExportError("its int32 accumulator may reach 3e9")
+
+    monkeypatch.setattr(fxquant, "export_onnx", refuse)
+    with pytest.raises(AssertionError, match="no code of 25 programs was compared"):
+        assert_random_programs_good()
+
+
+def test_programs_none_of_whose_tensors_is_certified_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(certification, "here", lambda: Platform("0.0.0", "unknown"))
+    seen = Seen()
+    with pytest.raises(AssertionError, match="no code of 3 programs was compared"):
+        for number in range(3):
+            assert_good(random_description(0, number), seen)
+        seen.assert_telling()
+
+
+@pytest.mark.parametrize(
+    ("programs", "refused", "compared", "why"),
+    [
+        (25, 0, 0, "no code of 25 programs was compared"),
+        (25, 3, 900, "3 of 25 programs were refused, more than 10%"),
+        (25, 2, 900, ""),
+        (10, 1, 900, ""),
+        (3, 1, 900, "1 of 3 programs were refused, more than 10%"),
+    ],
+)
+def test_run_shows_nothing_when_too_little_was_compared(programs: int, refused: int, compared: int, why: str) -> None:
+    assert why_void(programs, refused, compared) == why
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", range(SLOW_BLOCKS))
 def test_random_programs_agree_with_onnxruntime_when_there_are_many(block: int) -> None:
+    seen = Seen()
     for number in range(block * BLOCK, (block + 1) * BLOCK):
-        assert_good(random_description(0, number))
+        assert_good(random_description(0, number), seen)
+    seen.assert_telling()
 
 
 def rounds_wrongly(accumulator: torch.Tensor, multiplier: torch.Tensor, out: Grid) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+import fxquant
 from fxquant.graph.program import Program
 from fxquant.lowering.lower import lower
 from fxquant.numerics.runtime import Array
@@ -20,6 +21,7 @@ from fxquant.parity import ParityReport, RuntimeOptions, check_parity
 from fxquant.parity.simulation import Simulation
 from tests.lowering import programs
 from tests.lowering.programs import fake_quant_of, float_program, image, quantized
+from tests.simulation.programs import pipeline_of
 
 ONE_THREAD = RuntimeOptions(threads=1)
 Edit = Callable[[onnx.GraphProto], None]
@@ -116,6 +118,69 @@ def branches_program() -> Program:
 def _branches() -> Program:
     torch.manual_seed(2)
     return quantized(float_program(Branches(), image()), BRANCHES_VALUES, image(8))
+
+
+class Gates(nn.Module):
+    """A convolution whose codes a sigmoid, a sum and a second convolution read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.side = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = self.first(x)
+        result: torch.Tensor = self.last(torch.sigmoid(first) + first) * self.side(first)
+        return result
+
+
+def narrow_gates_program(folder: Path) -> Program:
+    """Gates with weights and activations of 4 bits; calibrated on 0.3 of the range of image(), so that codes clip."""
+    torch.manual_seed(0)
+    program = fxquant.capture(Gates().eval(), image())
+    pipeline = pipeline_of(folder, weight=4, activation=4)
+    pipeline.prepare(program)
+    fxquant.calibrate(program, [0.3 * image()], progress=False)
+    pipeline.finalize(program)
+    return program
+
+
+def bypass_clip(value: str) -> Edit:
+    """Take out the Clip of a narrow value's codes."""
+    return remove_node(f"{value}.clip")
+
+
+class Product(nn.Module):
+    """A product of one input with itself, cut at 1e4."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.clamp(x * x, -1e4, 1e4)
+
+
+def overflowing_program() -> Program:
+    """A calibrated Product on a grid so fine that QLinearMul would leave int32: lowering puts a barrier behind it."""
+    program = quantized(float_program(Product(), image()), ("x", "clamp"), image(8))
+    low = torch.tensor(0.0)
+    fake_quant_of(program, "clamp").set_range(low, low + 1e-7)
+    return program
+
+
+class Shifted(nn.Module):
+    """A linear layer whose float output is negated, then quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.neg(self.fc(x))
+
+
+def shifted_program() -> Program:
+    """A calibrated Shifted: its layer writes float32, from integers."""
+    torch.manual_seed(0)
+    return quantized(float_program(Shifted(), tokens()), ("x", "neg"), tokens(8))
 
 
 def tie_program() -> Program:

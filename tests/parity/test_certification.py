@@ -10,15 +10,21 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from torch import nn
 
+import fxquant
 from fxquant.graph.program import Program
 from fxquant.numerics.runtime import Level
 from fxquant.parity import ParityReport, Row, RuntimeOptions, Verdict, check_parity
 from fxquant.parity.certification import Standing
+from fxquant.parity.compare import Difference
+from fxquant.parity.segments import Segment, SegmentReader
 from fxquant.parity.simulation import SIMULATIONS, RuntimeCodes, Step
+from fxquant.parity.verdicts import is_beyond
 from fxquant.simulation import certification
 from fxquant.simulation.certification import CertificationWarning, Platform, forget
-from fxquant.simulation.self_test import Outcome
+from fxquant.simulation.plan import read_plan
+from fxquant.simulation.self_test import Outcome, self_test
 from tests.lowering.programs import image
 from tests.parity.files import (
     branches_program,
@@ -26,8 +32,11 @@ from tests.parity.files import (
     compare,
     export,
     low_relu_program,
+    overflowing_program,
     plant,
+    remove_node,
     residual_program,
+    shifted_program,
     tokens_program,
 )
 
@@ -143,6 +152,45 @@ def test_node_that_onnxruntime_left_in_float_is_uncertified_with_the_reason(tmp_
     assert "1 uncertified (conv2d_1)" in report.verdict
 
 
+def test_operation_behind_a_barrier_is_in_float_for_the_reason_of_the_plan(tmp_path: Path) -> None:
+    program = overflowing_program()
+    report = compare(program, export(program, tmp_path), simulation="exact")
+    (kernel,) = [kernel for kernel in report.fusion.unfused if kernel.node == "mul"]
+    assert "steps of its output's grid, beyond int32" in kernel.reason
+    assert "barrier" not in kernel.reason and kernel.reason in str(report)
+    assert row_of(report, "clamp").certification.is_certified  # in float, but each operation rounds once
+
+
+def test_integer_kernel_that_the_plan_does_not_expect_is_not_certified(tmp_path: Path) -> None:
+    program = overflowing_program()
+    path = plant(export(program, tmp_path), remove_node("clamp.barrier"))
+    report = compare(program, path, simulation="exact")
+    found = row_of(report, "clamp").certification
+    assert found.standing is Standing.UNCERTIFIED and found.kernel == "QLinearMul"
+    assert found.reason.endswith("where the plan expects float") and "1 uncertified (clamp)" in report.verdict
+
+
+def test_island_behind_an_uncertified_product_is_not_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = shifted_program()
+    path = export(program, tmp_path)
+    sound = row_of(compare(program, path, simulation="exact"), "neg").certification
+    assert sound.is_certified
+    product = program.node("linear")
+    kernel = read_plan(program).sites[product].kernel.operator
+    forget()
+    real = self_test
+
+    def failing(operator: str, config: tuple[tuple[str, str], ...]) -> Outcome:
+        return Outcome(512, 9, ("rank 3",)) if operator == kernel else real(operator, config)
+
+    monkeypatch.setattr(certification, "self_test", failing)
+    with pytest.warns(CertificationWarning, match=f"kernel {kernel} is uncertified: 9 of 512 codes"):
+        report = compare(program, path, simulation="exact")
+    forget()
+    found = row_of(report, "neg").certification
+    assert found.standing is Standing.UNCERTIFIED and found.kernel == kernel
+
+
 def test_relu_that_is_not_absorbed_is_not_promised_an_integer_kernel(tmp_path: Path) -> None:
     program = low_relu_program()
     report = compare(program, export(program, tmp_path), simulation="exact")
@@ -221,3 +269,46 @@ def test_agreement_of_outputs_is_told(tmp_path: Path) -> None:
     assert agreement["equal_fraction"] == 1 - output.overall.differing / output.overall.compared < 1
     equal = output.overall.compared - output.overall.differing
     assert f"output output: {equal:,} of {output.overall.compared:,} values equal bit for bit" in str(report)
+
+
+def quantized(model: nn.Module, x: torch.Tensor) -> Program:
+    """A finalized program of a model, calibrated on `x`."""
+    program, pipeline = fxquant.capture(model.eval(), (x,)), fxquant.load_pipeline("int8_per_channel")
+    pipeline.prepare(program)
+    fxquant.calibrate(program, [x], progress=False)
+    pipeline.finalize(program)
+    return program
+
+
+def test_moves_on_one_grid_are_certified_though_an_integer_kernel_joins_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pad = nn.Conv2d(8, 8, 3, padding=(0, 1), padding_mode="circular")
+    x = torch.randn(2, 3, 9, 8)
+    program = quantized(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), pad), x)
+    report = check_parity(program, export(program, tmp_path), [x], simulation="exact", progress=False)
+    (moved,) = [row for row in report.rows if "QLinearConcat" in row.kernels]
+    assert moved.certification.is_certified and report.exact
+    assert not report.rows_that_are(Standing.UNCERTIFIED)
+
+
+def test_rounding_of_an_output_that_is_zero_is_no_fault(tmp_path: Path) -> None:
+    class Spread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 24, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.convolution(x).relu().std((2, 3))
+
+    torch.manual_seed(0)
+    program = quantized(Spread(), torch.randn(2, 3, 14, 11))
+    flat = torch.full((2, 3, 14, 11), 0.3)
+    report = check_parity(program, export(program, tmp_path), [flat], simulation="exact", progress=False)
+    assert not any(row.verdict.is_fault for row in report.rows)
+    (output,) = report.outputs
+    assert is_beyond(segment_of(program, output.value), Difference(1, 1, worst=1.0), output.certification, output.step)
+
+
+def segment_of(program: Program, value: str) -> Segment:
+    """The segment that ends in a value."""
+    return next(segment for segment in SegmentReader(program).segments() if segment.value == value)
