@@ -19,7 +19,8 @@ from fxquant.errors import FxquantError
 from fxquant.graph.options import decode_dataclass, encode
 from fxquant.graph.passes import Pass
 from fxquant.graph.pipeline import Pipeline
-from fxquant.passes import AssignSpecs, ShareEncodings
+from fxquant.passes.assign_specs import AssignSpecs
+from fxquant.passes.share_encodings import ShareEncodings
 from tests.fuzz import layers, plain_layers
 from tests.fuzz.layer import Layer, Values, Weights
 from tests.fuzz.layers import Again, BatchNorm, Operand
