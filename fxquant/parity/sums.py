@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fxquant.simulation.accumulate import EXACT_IN_FLOAT32, Strategy
+from fxquant.simulation.accumulate import Strategy
 
 
 @dataclass(frozen=True)
@@ -22,24 +22,13 @@ class LayerSums:
     node: str
     strategy: Strategy
 
-    @property
-    def how(self) -> str:
-        """The number format, and in how many parts."""
-        parts = self.strategy.parts
-        return "float64" if parts == 0 else "float32" if parts == 1 else f"float32 in {parts} parts"
-
-    @property
-    def share(self) -> float:
-        """The largest sum over 2^24, up to which float32 adds integers exactly."""
-        return self.strategy.largest / EXACT_IN_FLOAT32
-
     def __str__(self) -> str:
-        return f"{self.node} ({self.how}, {self.share:.2f} of 2^24)"
+        return f"{self.node} ({self.strategy.how}, {self.strategy.share:.2f} of 2^24)"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values."""
         strategy = self.strategy
-        return {"node": self.node, "how": self.how, "parts": strategy.parts, "largest": strategy.largest}
+        return {"node": self.node, "how": strategy.how, "parts": strategy.parts, "largest": strategy.largest}
 
 
 def layer_sums(strategies: Mapping[str, Strategy]) -> tuple[LayerSums, ...]:
@@ -49,8 +38,8 @@ def layer_sums(strategies: Mapping[str, Strategy]) -> tuple[LayerSums, ...]:
 
 def sums_text(sums: Sequence[LayerSums]) -> str:
     """One line: how many layers are added up how, then by name those whose sums may exceed 2^24."""
-    beyond = [item for item in sums if item.share > 1]
-    counts = Counter(item.how for item in sums if item.share <= 1)
+    beyond = [item for item in sums if item.strategy.share > 1]
+    counts = Counter(item.strategy.how for item in sums if item.strategy.share <= 1)
     within = ", ".join(f"{how} at {count} layer{'' if count == 1 else 's'}" for how, count in counts.items())
     named = f"beyond 2^24: {', '.join(map(str, beyond))}" if beyond else "none beyond 2^24"
     return f"sums: {'; '.join(filter(None, (within, named)))}"

@@ -39,9 +39,18 @@ class Strategy:
     parts: int
     largest: float
 
+    @property
+    def how(self) -> str:
+        """The number format, and in how many parts."""
+        return "float64" if self.parts == 0 else "float32" if self.parts == 1 else f"float32 in {self.parts} parts"
+
+    @property
+    def share(self) -> float:
+        """The largest sum over 2^24, up to which float32 adds integers exactly."""
+        return self.largest / EXACT_IN_FLOAT32
+
     def __str__(self) -> str:
-        how = "float64" if self.parts == 0 else "float32" if self.parts == 1 else f"float32 in {self.parts} parts"
-        return f"{how} (sums up to {self.largest:.4g}, {self.largest / EXACT_IN_FLOAT32:.2f} of 2^24)"
+        return f"{self.how} (sums up to {self.largest:.4g}, {self.share:.2f} of 2^24)"
 
 
 class Accumulator:
