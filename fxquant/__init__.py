@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
+from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
 from fxquant.errors import FxquantError
 from fxquant.graph.manager import PassManager
 from fxquant.graph.pipeline import Pipeline, load_pipeline
@@ -15,7 +16,7 @@ from fxquant.lowering.export import export_onnx
 from fxquant.parity import ParityReport, check_parity
 from fxquant.sim import QuantSim
 from fxquant.simulation import Strategy, strategies
-from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, Target
+from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, SpecOverride, Target
 
 __version__ = version("fxquant")
 
@@ -24,12 +25,14 @@ __all__ = [
     "FxquantError",
     "Granularity",
     "Limits",
+    "LoadedEncodings",
     "ParityReport",
     "PassManager",
     "Pipeline",
     "Program",
     "QuantSim",
     "QuantSpec",
+    "SpecOverride",
     "Stage",
     "Strategy",
     "Target",
@@ -37,7 +40,9 @@ __all__ = [
     "capture",
     "check_parity",
     "export_onnx",
+    "load_encodings",
     "load_pipeline",
     "load_program",
+    "save_encodings",
     "strategies",
 ]

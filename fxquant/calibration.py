@@ -1,4 +1,4 @@
-"""Calibration: run batches, let the estimators see float activations, and turn ranges into grids."""
+"""Calibration: run batches, let the estimators see activations, and turn ranges into grids."""
 
 from __future__ import annotations
 
@@ -12,20 +12,32 @@ from torch import fx
 from fxquant.errors import CalibrationError, FxquantError
 from fxquant.graph.batches import Batch, as_arguments, placeholder_values
 from fxquant.graph.constants import Constants
+from fxquant.graph.module import AT_REST, ProgramModule
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.progress import track
 
 
 def calibrate(
-    program: Program, batches: Iterable[Batch], *, max_batches: int | None = None, progress: bool = True
+    program: Program,
+    batches: Iterable[Batch],
+    *,
+    max_batches: int | None = None,
+    through_quantizers: bool = False,
+    progress: bool = True,
 ) -> None:
     """Estimate the range of every activation from `batches`, and compute every grid; the program is then CALIBRATED.
+
+    A FakeQuant that is FROZEN (encodings loaded with freeze=True) or OFF keeps its mode and its grid.
 
     Arguments:
         program: at stage INSERTED, or CALIBRATED to calibrate afresh.
         batches: any iterable of tensors, tuples or lists of tensors, or dicts of keywords.
         max_batches: stop after so many.
+        through_quantizers: False: every estimator sees float activations, as if nothing were quantized. True: it sees
+            what the quantizers before it leave: weights are quantized, an activation is first observed and then
+            quantized on the extremes that its estimator has seen so far, and what is frozen is quantized on its grid.
+            Biases stay in float, and so does a value whose grid another value owns (concatenations).
         progress: show a progress bar when standard error is a terminal.
 
     Raises CalibrationError: wrong stage, no batches, NaN or Inf (which value, which batch), values without a range.
@@ -45,7 +57,7 @@ def calibrate(
         )
     require_finite_parameters(program)
     owners = _owners(program)
-    with _observing(program):
+    with _observing(program, through_quantizers):
         count = _observe(program, owners, batches, max_batches, progress)
         if count == 0:
             raise CalibrationError(
@@ -59,23 +71,30 @@ def calibrate(
     program.stage = Stage.CALIBRATED
 
 
+_SETTLED = (Mode.FROZEN, Mode.OFF)  # what has one of these modes keeps it, and its grid
+
+
 def _owners(program: Program) -> list[tuple[fx.Node, FakeQuant]]:
-    """The node that owns each activation's FakeQuant, with the module."""
+    """The node that owns each activation's FakeQuant, with the module, where the grid is to be calibrated."""
     return [
         (node, module)
         for node, module in program.fake_quant_nodes()
-        if not module.follows and node.kwargs.get("observe", True)
+        if not module.follows and node.kwargs.get("observe", True) and module.mode not in _SETTLED
     ]
 
 
 @contextmanager
-def _observing(program: Program) -> Iterator[None]:
-    """Activations observed, weights in float, module in eval mode; on leaving: the mode that it was in, all fake."""
+def _observing(program: Program, through_quantizers: bool) -> Iterator[None]:
+    """Activations observed, all else as `through_quantizers` says, module in eval mode.
+
+    On leaving: the training mode that it was in, and all fake that is neither frozen nor off.
+    """
     training = [module for module in program.module.modules() if module.training]
     before = [(module, module.mode) for _, module in program.fake_quant_nodes()]
-    for module, _ in before:
-        module.mode = Mode.OFF if module.follows else Mode.OBSERVE
-        module.estimator.reset()
+    for module, mode in before:
+        module.mode = _mode_while_observing(module.follows, mode, through_quantizers)
+        if mode not in _SETTLED:
+            module.estimator.reset()
     program.module.eval()
     try:
         yield
@@ -84,11 +103,17 @@ def _observing(program: Program) -> Iterator[None]:
             module.mode = mode
         raise
     else:
-        for module, _ in before:
-            module.mode = Mode.FAKE
+        for module, mode in before:
+            module.mode = mode if mode in _SETTLED else Mode.FAKE
     finally:
         for trained in training:
             trained.training = True
+
+
+def _mode_while_observing(follows: bool, before: Mode, through_quantizers: bool) -> Mode:
+    if through_quantizers:
+        return before if before in _SETTLED else Mode.OBSERVE_FAKE
+    return Mode.OFF if follows or before in _SETTLED else Mode.OBSERVE
 
 
 def _observe(
@@ -153,8 +178,12 @@ def _require_observed(owners: list[tuple[fx.Node, FakeQuant]]) -> None:
 
 
 def require_ranges(program: Program) -> None:
-    """CalibrationError that lists the values whose FakeQuant has no encoding."""
-    missing = [str(node.args[0]) for node, module in program.fake_quant_nodes() if not module.has_encoding]
+    """CalibrationError that lists the values whose FakeQuant is not off and has no encoding."""
+    missing = [
+        str(node.args[0])
+        for node, module in program.fake_quant_nodes()
+        if module.mode is not Mode.OFF and not module.has_encoding
+    ]
     if missing:
         names = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise CalibrationError(
@@ -163,17 +192,34 @@ def require_ranges(program: Program) -> None:
 
 
 def settle(program: Program) -> list[str]:
-    """Compute the weights' grids from the weights as they are; returns the paths of their FakeQuants."""
-    _follow_weights(program)
+    """Compute the weights' grids from the weights as they are, but for those frozen or off; returns the paths of the
+    FakeQuants that it went to.
+    """
+    paths = _follow_weights(program)
     settle_biases(program)
-    return [str(node.target) for node, module in program.fake_quant_nodes() if module.follows]
+    return paths
 
 
-def _follow_weights(program: Program) -> None:
-    constants = Constants(program)
+def _settle_at_rest(module: ProgramModule) -> None:
+    """Training moves biases: let eval mode simulate the weight scales that finalize would raise for them."""
+    program = Program(module)
+    quantizers = [quantizer for _, quantizer in program.fake_quant_nodes()]
+    if not any(program.bias_nodes()) or any(quantizer.scale.is_meta for quantizer in quantizers):
+        return
+    if all(one.mode in (Mode.FAKE, Mode.FROZEN) and one.has_encoding for one in quantizers):
+        settle(program)
+
+
+AT_REST.append(_settle_at_rest)
+
+
+def _follow_weights(program: Program) -> list[str]:
+    constants, paths = Constants(program), []
     for node, module in program.fake_quant_nodes():
-        if module.follows:
+        if module.follows and module.mode not in _SETTLED:
             module.follow(constants.tensor(_source(node)).to(module.scale.device))
+            paths.append(str(node.target))
+    return paths
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -231,17 +277,23 @@ def _is_not_negative(tensor: torch.Tensor) -> torch.Tensor:
 def settle_biases(program: Program) -> None:
     """Raise the weight scales (per channel) at which a bias code would exceed 2^23, and note each layer that needed it.
 
-    int32 could hold more, but the accumulator adds the products to it: |b| / (sx * sw) <= 2^23.
+    int32 could hold more, but the accumulator adds the products to it: |b| / (sx * sw) <= 2^23. A scale that is frozen
+    stays as it is, which is noted as well; one that is off has no bias codes.
     """
+    constants = Constants(program)
     for node, module in program.bias_nodes():
         bias, weight_quant = _source(node), module.sources[1]
-        floor = module.overflow_floor(program.tensor(bias))
+        floor = module.overflow_floor(constants.tensor(bias).to(weight_quant.scale.device))
         raised = floor > weight_quant.scale
-        if not bool(raised.any()):
+        if weight_quant.mode is Mode.OFF or not bool(raised.any()):
+            continue
+        if weight_quant.mode is Mode.FROZEN:
+            text = f"bias codes of {int(raised.sum())} of {raised.numel()} channels exceed 2^23: the weight is frozen"
+            program.add_note(Note(NoteKind.BIAS, _name(bias), text))
             continue
         weight_quant.scale_floor.copy_(torch.maximum(weight_quant.scale_floor, floor * raised))
         weight_quant.scale.copy_(torch.maximum(weight_quant.scale, weight_quant.scale_floor))
         text = (
             f"weight scale of {int(raised.sum())} of {raised.numel()} channels raised: its bias codes stay within 2^23"
         )
-        program.add_note(Note(NoteKind.BIAS, str(bias.target), text))
+        program.add_note(Note(NoteKind.BIAS, _name(bias), text))

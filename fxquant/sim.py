@@ -12,14 +12,18 @@ from torch import fx
 
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
-from fxquant.files import make_folder, together
+from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
+from fxquant.encodings.save import require_version
+from fxquant.files import make_folder, replacement, together, written
 from fxquant.graph.batches import Batch
 from fxquant.graph.manager import PassManager
 from fxquant.graph.module import ProgramModule
 from fxquant.graph.pipeline import Pipeline, load_pipeline
-from fxquant.graph.program import Program
+from fxquant.graph.program import FAKE_QUANTS, Program
+from fxquant.lowering.clean import export_clean
 from fxquant.lowering.export import export_onnx
 from fxquant.parity import ParityReport, check_parity
+from fxquant.spec import SpecOverride
 
 
 class QuantSim:
@@ -28,7 +32,8 @@ class QuantSim:
     Arguments:
         model: nn.Module (left untouched), ExportedProgram or GraphModule.
         example_inputs: a tensor, a tuple of tensors or a dict of keywords.
-        config: name of a packaged pipeline, a path, or a Pipeline.
+        config: name of a packaged pipeline, a path (.toml, or AIMET's .json), or a Pipeline.
+        activation, weight: what to change of the config's specs of activations and weights, wherever it has them.
     """
 
     def __init__(
@@ -36,8 +41,12 @@ class QuantSim:
         model: torch.nn.Module | torch.export.ExportedProgram | fx.GraphModule,
         example_inputs: Any,
         config: str | os.PathLike[str] | Pipeline = "int8_per_channel",
+        *,
+        activation: SpecOverride | None = None,
+        weight: SpecOverride | None = None,
     ) -> None:
-        self.pipeline = config if isinstance(config, Pipeline) else load_pipeline(config)
+        pipeline = config if isinstance(config, Pipeline) else load_pipeline(config)
+        self.pipeline = pipeline.override(activation, weight)
         self.program: Program = capture(model, example_inputs)
         self.trace = self.pipeline.prepare(self.program)
 
@@ -69,10 +78,23 @@ class QuantSim:
         self.pipeline.finalize(twin)
         return twin
 
-    def export(self, folder: str | os.PathLike[str], prefix: str = "model", *, opset: int = 21) -> Path:
-        """Write `<prefix>.onnx` and `<prefix>.fxq` of a finalized copy into `folder`; returns the ONNX file's path."""
+    def load_encodings(
+        self, path: str | os.PathLike[str], *, strict: bool = True, freeze: bool = False
+    ) -> LoadedEncodings:
+        """Take the grids of an encodings file instead of calibrating, or before it (fxquant.load_encodings)."""
+        return load_encodings(self.program, path, strict=strict, freeze=freeze)
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        prefix: str = "model",
+        *,
+        opset: int = 21,
+        encodings_version: str = "1.0.0",
+    ) -> Path:
+        """Write a finalized copy into `folder` (`write_files`); returns the path of the integer ONNX file."""
         make_folder(Path(folder))
-        return write_pair(self.snapshot(), Path(folder), prefix, opset=opset)
+        return write_files(self.snapshot(), Path(folder), prefix, opset=opset, encodings_version=encodings_version)
 
     def check_parity(self, path: str | os.PathLike[str], batches: Iterable[Batch]) -> ParityReport:
         """Compare a finalized copy with the ONNX file that `export` wrote."""
@@ -82,6 +104,48 @@ class QuantSim:
 def pair_names(prefix: str) -> tuple[str, str]:
     """Names of the ONNX file and of the program file that belong together."""
     return f"{prefix}.onnx", f"{prefix}.fxq"
+
+
+def file_names(prefix: str) -> tuple[str, ...]:
+    """Names of all files that `write_files` writes, the pair first."""
+    return (*pair_names(prefix), f"{prefix}_float.onnx", f"{prefix}.encodings", f"{prefix}_state_dict.pth")
+
+
+def write_files(
+    program: Program, folder: Path, prefix: str = "model", *, opset: int = 21, encodings_version: str = "1.0.0"
+) -> Path:
+    """Write a finalized program into `folder`, all files or none; returns the path of the first.
+
+        <prefix>.onnx, <prefix>.fxq    the integer model, and the program that it was lowered from
+        <prefix>_float.onnx            the clean float model, for runtimes that import encodings
+        <prefix>.encodings             the grids, by the names of the float model's tensors
+        <prefix>_state_dict.pth        parameters and buffers as they are now (folded, trained), by the same names
+
+    Raises ConfigError for an unknown version of encodings, ExportError or StorageError; the files that were there
+    before are then as they were.
+    """
+    names = file_names(prefix)
+    require_version(encodings_version)
+    make_folder(folder, names)
+    onnx_path, program_path, float_path, encodings_path, state_path = (folder / name for name in names)
+    with together():
+        export_onnx(program, onnx_path, opset=opset)
+        program.save(program_path)
+        export_clean(program, float_path, opset=opset)
+        save_encodings(program, encodings_path, encodings_version)
+        save_state(program, state_path)
+    return onnx_path
+
+
+def save_state(program: Program, path: Path) -> None:
+    """Write the program's parameters and buffers without its quantizers' (torch.load(weights_only=True) reads them)."""
+    state = {
+        name: tensor.detach().cpu()
+        for name, tensor in program.module.state_dict().items()
+        if not name.startswith(f"{FAKE_QUANTS}.")
+    }
+    with written(path), replacement(path) as file:
+        torch.save(state, file)
 
 
 def write_pair(program: Program, folder: Path, prefix: str = "model", *, opset: int = 21) -> Path:

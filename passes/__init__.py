@@ -5,41 +5,55 @@ from __future__ import annotations
 from fxquant.graph.passes import Pass
 
 from .absorb_activation import AbsorbActivation
+from .apply_placement import ApplyPlacement
 from .assign_specs import AssignSpecs
 from .convolve_batch_norm import ConvolveBatchNorm
 from .decompose_attention import DecomposeAttention
 from .decompose_silu import DecomposeSilu
+from .drop_output_specs import DropOutputSpecs
 from .expose_global_pool import ExposeGlobalPool
+from .fix_output_scales import FixOutputScales
 from .fold_batch_norm import FoldBatchNorm
 from .fold_constants import FoldConstants
+from .fold_live_batch_norm import FoldLiveBatchNorm
 from .fold_padding import FoldPadding
 from .freeze_batch_norm import FreezeBatchNorm
 from .freeze_observers import FreezeObservers
 from .insert_fake_quant import InsertFakeQuant
+from .narrow_first_weights import NarrowFirstWeights
 from .quantize_bias import QuantizeBias
 from .remove_identity import RemoveIdentity
+from .select_per_block import SelectPerBlock
 from .select_per_channel import SelectPerChannel
 from .settle_encodings import SettleEncodings
 from .share_encodings import ShareEncodings
+from .simulate_batch_norm_fold import SimulateBatchNormFold
 
 _PASSES: tuple[type[Pass], ...] = (
     AbsorbActivation,
+    ApplyPlacement,
     AssignSpecs,
     ConvolveBatchNorm,
     DecomposeAttention,
     DecomposeSilu,
+    DropOutputSpecs,
     ExposeGlobalPool,
+    FixOutputScales,
     FoldBatchNorm,
     FoldConstants,
+    FoldLiveBatchNorm,
     FoldPadding,
     FreezeBatchNorm,
     FreezeObservers,
     InsertFakeQuant,
+    NarrowFirstWeights,
     QuantizeBias,
     RemoveIdentity,
+    SelectPerBlock,
     SelectPerChannel,
     SettleEncodings,
     ShareEncodings,
+    SimulateBatchNormFold,
 )
 
 CATALOG: dict[str, type[Pass]] = {kind.name: kind for kind in _PASSES}

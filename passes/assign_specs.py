@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from torch import fx
 
 from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
-from fxquant.graph.program import Program, Stage, input_slots, input_spec, output_spec
+from fxquant.graph.program import Program, Stage, input_slots, input_spec
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import OpDef, Role
 from fxquant.ops.table import TABLE
-from fxquant.placement import Decision, Rule, check_rules, decide
+from fxquant.placement import Decision, Rule, Source, check_rules, defaults
 from fxquant.spec import QuantSpec
 
 from .masks import mask_islands
 from .values import (
     INTEGER_ROLES,
     arg_slot,
+    check_ops,
     definition_of,
     is_float_value,
+    is_named,
     is_parameter,
     role_of,
     set_value_spec,
     wanted_specs,
     weight_slot,
 )
+from .wishes import FOLLOWS, Wish, Wishes
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,24 @@ class AssignSpecs(Pass):
     4. A relu or clip takes over the spec of the value that it reads, but not that value's fixed range: what it gives
        may lie outside, and its readers know of no range.
     5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
+    6. Where those who make a value and those who read it want different specs of it, the most specific rule decides;
+       defaults yield to any rule. A rule's `activation` speaks of both sides, `input` and `output` of one.
+    7. A rule's `output` on a relu or clip changes what it gives. A grid-preserving operation has no spec of its own: a
+       rule can only leave it in float.
+    8. A node rule that names an input or a parameter speaks of that value, whoever reads it; so does `output` in a rule
+       on a float operation whose result is quantized for its readers.
 
     Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float,
-    each with its reason. Refuses rules that can match nothing. Contract: PRESERVES (it only annotates).
+    each with its reason. Refuses rules that can match nothing, and rules that contradict each other, with their places
+    in the file; rules that decide nothing, or want quantized what has no integer kernel, are near misses in the trace.
+    Contract: PRESERVES (it only annotates).
 
     Options:
         activation: spec of activations.
         weight: spec of weights (per tensor here; select-per-channel narrows it).
         rules: placement rules, see fxquant.placement.
+        integer_ops: operations (our names or ONNX operator types) that the target has integer kernels for, though
+            onnxruntime has none: "ConvTranspose".
     """
 
     name: ClassVar[str] = "assign-specs"
@@ -61,54 +74,63 @@ class AssignSpecs(Pass):
     activation: QuantSpec = QuantSpec(bits=8)
     weight: QuantSpec = QuantSpec(bits=8, signed=True, symmetric=True, strict=True)
     rules: tuple[Rule, ...] = field(default=())
+    integer_ops: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_ops(self.integer_ops, "assign-specs: integer_ops")
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Annotate the compute first, then what lies between it."""
         check_rules(self.rules, program, TABLE)
         masked, constants = mask_islands(program), Constants(program)
+        wishes = Wishes(program, rewriter, self.rules)
         for node in program.graph.nodes:
-            if node.op not in ("call_function", "call_module"):
+            if node.op not in ("call_function", "call_module") or constants.is_constant(node):
                 continue
             definition = definition_of(program, node)
             if definition is None:
                 rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
                 continue
-            self._assign(rewriter, node, definition, masked, constants)
-        _spread_forward(program, rewriter, masked)
+            self._assign(wishes, node, definition, masked, constants)
+        _spread_forward(wishes, masked)
         _limit_outputs(program, rewriter)
-        _spread_backward(program, rewriter, masked)
+        _spread_backward(wishes, masked)
+        wishes.agree()
+        wishes.report()
+
+    def _role(self, node: fx.Node, definition: OpDef) -> Role:
+        role = definition.role_for(node)
+        return Role.COMPUTE if role is Role.FLOAT and is_named(self.integer_ops, node, definition) else role
 
     def _assign(
-        self, rewriter: Rewriter, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str], constants: Constants
+        self, wishes: Wishes, node: fx.Node, definition: OpDef, masked: dict[fx.Node, str], constants: Constants
     ) -> None:
-        role = definition.role_for(node)
+        role = self._role(node, definition)
         if "float_reason" in node.meta:  # an earlier pass decided
             return
         if node in masked:
-            rewriter.set_float_reason(node, masked[node])  # case 3
+            wishes.rewriter.set_float_reason(node, masked[node])  # case 3
         elif role is Role.FLOAT:
-            rewriter.set_float_reason(node, f"{definition.name} has no integer kernel")
-        if role not in INTEGER_ROLES or not is_float_value(node):
+            wishes.rewriter.set_float_reason(node, f"{definition.name} has no integer kernel")
+        if role not in INTEGER_ROLES or not is_float_value(node) or (node in masked and role is not Role.FIXED_RANGE):
             return
-        decision = decide(node, definition, self.rules, self.activation, self.weight)
+        decision = wishes.settle(node, definition, defaults(self.activation, self.weight))
         if not decision.quantize:
-            rewriter.set_float_reason(node, f"excluded by rule {decision.rule}")
-        elif node not in masked or role is Role.FIXED_RANGE:
-            if node not in masked:  # case 3: a masked softmax reads a float value
-                _want_inputs(rewriter, node, definition, decision, constants)
-            rewriter.set_output_spec(node, decision.activation, decision.rule)
+            wishes.rewriter.set_float_reason(node, f"excluded by rule {decision.quantize_by}")
+            return
+        if node not in masked:  # case 3: a masked softmax reads a float value
+            _want_inputs(wishes, node, definition, decision, constants)
+        wishes.want_output(node, decision.output)
 
 
-def _want_inputs(
-    rewriter: Rewriter, node: fx.Node, definition: OpDef, decision: Decision, constants: Constants
-) -> None:
+def _want_inputs(wishes: Wishes, node: fx.Node, definition: OpDef, decision: Decision, constants: Constants) -> None:
     """Case 1: a spec for every float input but the bias."""
     of_weight = weight_slot(node, definition)
     of_bias = None if definition.bias is None else arg_slot(node, definition.bias)
     for slot, value in enumerate(input_slots(node)):
         if slot != of_bias and is_float_value(value):
             is_weight = slot == of_weight and constants.is_constant(value)
-            rewriter.set_input_spec(node, slot, decision.weight if is_weight else decision.activation)
+            wishes.want_input(node, slot, decision.weight if is_weight else decision.input)
 
 
 def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
@@ -120,35 +142,51 @@ def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
                 set_value_spec(rewriter, node, spec, spec.limited(definition.output_range))
 
 
-def _spread_forward(program: Program, rewriter: Rewriter, masked: dict[fx.Node, str]) -> None:
+def _spread_forward(wishes: Wishes, masked: dict[fx.Node, str]) -> None:
     """Cases 4 and 5, in graph order: what keeps a quantized value's grid, or is absorbed, is quantized too."""
-    for node in program.graph.nodes:
-        role = role_of(program, node)
+    for node in wishes.program.graph.nodes:
+        role = role_of(wishes.program, node)
         if role not in (Role.ACTIVATION, Role.GRID_PRESERVING) or node in masked:
             continue
         source = node.args[0]
         if not isinstance(source, fx.Node) or not is_float_value(source):
             continue
-        spec = output_spec(source) or next(iter(wanted_specs(source)), None)
-        if spec is not None and not is_parameter(source):
-            _want_both_sides(program, rewriter, node, spec)
+        wish = next(wishes.of(source), None)
+        if wish is not None and not is_parameter(source):
+            _want_both_sides(wishes, node, wish)
 
 
-def _spread_backward(program: Program, rewriter: Rewriter, masked: dict[fx.Node, str]) -> None:
+def _spread_backward(wishes: Wishes, masked: dict[fx.Node, str]) -> None:
     """Case 5, in reverse: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
-    for node in reversed(list(program.graph.nodes)):
-        if role_of(program, node) is not Role.GRID_PRESERVING or input_spec(node, 0) is not None or node in masked:
+    for node in reversed(list(wishes.program.graph.nodes)):
+        role = role_of(wishes.program, node)
+        if role is not Role.GRID_PRESERVING or input_spec(node, 0) is not None or node in masked:
             continue
-        specs = wanted_specs(node)
+        wish = next(wishes.of(node), None)
         source = node.args[0]
-        if specs and isinstance(source, fx.Node) and is_float_value(source) and not is_parameter(source):
-            _want_both_sides(program, rewriter, node, next(iter(specs)))
+        if wish and isinstance(source, fx.Node) and is_float_value(source) and not is_parameter(source):
+            _want_both_sides(wishes, node, wish)
 
 
-def _want_both_sides(program: Program, rewriter: Rewriter, node: fx.Node, spec: QuantSpec) -> None:
-    rewriter.set_input_spec(node, 0, spec)
+def _want_both_sides(wishes: Wishes, node: fx.Node, wish: Wish) -> None:
+    definition = definition_of(wishes.program, node)
+    assert definition is not None
+    follows = replace(wish.choice, by=_following(wish.by))
+    decision = wishes.settle(node, definition, Decision(True, follows, follows, follows))
+    if not decision.quantize:
+        wishes.rewriter.set_float_reason(node, f"excluded by rule {decision.quantize_by}")
+        return
+    is_moved = definition.role_for(node) is Role.GRID_PRESERVING
+    wishes.want_input(node, 0, follows)
     if is_float_value(node):
-        rewriter.set_output_spec(node, spec, "follows its input")
+        wishes.want_output(node, follows if is_moved else decision.output)  # case 7
     for user in list(node.users):
         if not is_float_value(node) and is_float_value(user):  # the parts of a split or chunk
-            rewriter.set_output_spec(user, spec, "follows its input")
+            wishes.want_output(user, follows)
+
+
+def _following(source: Source) -> Source:
+    """What follows a value does so by the rule that decided the value."""
+    if not source.rules:
+        return Source(FOLLOWS)
+    return source if source.text.startswith(FOLLOWS) else replace(source, text=f"{FOLLOWS}: {source}")

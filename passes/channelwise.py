@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fxquant.numerics.live_batch_norm import along_channels
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -47,20 +49,6 @@ def batch_norm_affine(
         scale = scale * gamma.detach().double()
     shift = -mean.detach().double() * scale
     return Affine(scale, shift if beta is None else shift + beta.detach().double())
-
-
-def along_channels(values: torch.Tensor, weight: torch.Tensor, axis: int, groups: int) -> torch.Tensor:
-    """`values` (channels,) shaped to multiply a weight along `axis`, of which axis 1 holds the channels of one group
-    only.
-
-    Row r of axis 0 belongs to group r // (rows / groups), so along axis 1 the result has shape (rows, channels /
-    groups, 1, ...).
-    """
-    ones = (1,) * (weight.ndim - 2)
-    if axis == 0:
-        return values.view(-1, 1, *ones)
-    rows = values.view(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    return rows.view(*rows.shape, *ones)
 
 
 def fold_behind(

@@ -51,7 +51,7 @@ class FoldBatchNorm(Pass):
         norms = [node for node in program.graph.nodes if is_batch_norm(program, node)]
         for node in norms:
             _require_eval(program, node)
-        folder = _Folder(program, rewriter, _shared_tensors(program))
+        folder = Folder(program, rewriter, shared_tensors(program))
         owners = {id(batch_norm_owner(program, node)) for node in norms}
         maps = {node: affine_of(program, node) for node in norms}
         reasons = {node: found for node, found in maps.items() if isinstance(found, str)}
@@ -64,28 +64,21 @@ class FoldBatchNorm(Pass):
         for node in norms:
             if node in reasons:
                 rewriter.miss(node, f"{node.name} not folded: {reasons[node]}")
-        _remove_unused(program, rewriter, owners)
+        remove_unused(program, rewriter, owners)
 
 
 @dataclass(frozen=True)
-class _Folder:
+class Folder:
+    """Folds batch norms of one program, each into one of its neighbours."""
+
     program: Program
     rewriter: Rewriter
     shared: dict[int, str]  # id of a tensor that others see too -> how
 
     def fold_backward(self, norm: fx.Node, affine: Affine) -> str | None:
         """Cases 1 and 2; the reason if it cannot be done."""
-        source = _source(norm)
-        made = _before_flattening(source)
-        layer = as_layer(made)
-        if layer is None:
-            return f"{source.name} before it is no convolution or linear"
-        for value in (made, source):
-            if sum(1 for user in value.users if not _reads_shape_alone(user, value)) != 1:
-                return user_list(value)
-        if not layer.has_channels_on_axis_1(source):
-            return f"{source.name} does not have its channels on axis 1 of {value_type(source)}"
-        return self._fold(norm, layer, affine, forward=False)
+        layer = layer_before(norm)
+        return layer if isinstance(layer, str) else self._fold(norm, layer, affine, forward=False)
 
     def fold_forward(self, norm: fx.Node, affine: Affine) -> str | None:
         """Case 3; the reason if it cannot be done."""
@@ -93,9 +86,8 @@ class _Folder:
         return found if isinstance(found, str) else self._fold(norm, *found, forward=True)
 
     def _fold(self, norm: fx.Node, layer: Layer, affine: Affine, forward: bool) -> str | None:
-        source = _source(norm)
-        if value_type(source) != value_type(norm):
-            return f"it turns {value_type(source)} into {value_type(norm)}"
+        if value_type(source_of(norm)) != value_type(norm):
+            return f"it turns {value_type(source_of(norm))} into {value_type(norm)}"
         for operand in (layer.weight, layer.bias):
             reason = None if operand is None else self._why_fixed(layer, operand)
             if reason is not None:
@@ -110,7 +102,7 @@ class _Folder:
             self.rewriter.set_tensor(str(layer.bias.target), new_bias)
         elif not forward or bool(new_bias.any()):
             self._add_bias(layer, new_bias)
-        self._bypass(norm, source)
+        self._bypass(norm, source_of(norm))
         return None
 
     def _why_fixed(self, layer: Layer, operand: fx.Node) -> str | None:
@@ -122,7 +114,7 @@ class _Folder:
         return self.shared.get(id(self.program.tensor(operand)))
 
     def _add_bias(self, layer: Layer, bias: torch.Tensor) -> None:
-        path = _free_path(self.program, str(layer.weight.target))
+        path = free_path(self.program, str(layer.weight.target))
         trains = self.program.tensor(layer.weight).requires_grad
         self.rewriter.add_tensor(path, bias, parameter=True, requires_grad=trains)
         name = path.replace(".", "_")
@@ -136,7 +128,23 @@ class _Folder:
         self.rewriter.erase_dead(*tensors)
 
 
-def _source(norm: fx.Node) -> fx.Node:
+def layer_before(norm: fx.Node) -> Layer | str:
+    """The layer whose output a batch norm alone reads, if they fit (cases 1 and 2); else what is in the way."""
+    source = source_of(norm)
+    made = _before_flattening(source)
+    layer = as_layer(made)
+    if layer is None:
+        return f"{source.name} before it is no convolution or linear"
+    for value in (made, source):
+        if sum(1 for user in value.users if not _reads_shape_alone(user, value)) != 1:
+            return user_list(value)
+    if not layer.has_channels_on_axis_1(source):
+        return f"{source.name} does not have its channels on axis 1 of {value_type(source)}"
+    return layer
+
+
+def source_of(norm: fx.Node) -> fx.Node:
+    """What a batch norm normalises."""
     assert isinstance(norm.args[0], fx.Node)
     return norm.args[0]
 
@@ -166,7 +174,7 @@ def _require_eval(program: Program, norm: fx.Node) -> None:
         )
 
 
-def _shared_tensors(program: Program) -> dict[int, str]:
+def shared_tensors(program: Program) -> dict[int, str]:
     """Tensors that two modules hold, or two nodes read, by id."""
     paths: dict[int, list[str]] = {}
     for prefix, owner in program.module.named_modules():
@@ -178,7 +186,7 @@ def _shared_tensors(program: Program) -> dict[int, str]:
     return shared | {key: f"{paths[key][0]} is read at {count} nodes" for key, count in reads.items() if count > 1}
 
 
-def _free_path(program: Program, weight_path: str) -> str:
+def free_path(program: Program, weight_path: str) -> str:
     """Where a new bias goes: beside its weight, as `bias` if that is free."""
     owner_path, _, weight = weight_path.rpartition(".")
     owner: nn.Module = program.module.get_submodule(owner_path)
@@ -190,7 +198,7 @@ def _free_path(program: Program, weight_path: str) -> str:
     return f"{owner_path}.{free}" if owner_path else free
 
 
-def _remove_unused(program: Program, rewriter: Rewriter, owners: set[int]) -> None:
+def remove_unused(program: Program, rewriter: Rewriter, owners: set[int]) -> None:
     """Remove those batch norm modules, under all their names, that the graph neither calls nor reads from any more."""
     module = program.module
     called = {id(program.submodule(node)) for node in program.graph.nodes if node.op == "call_module"}

@@ -47,11 +47,12 @@ class FoldConstants(Pass):
             if _is_whole_view(program, node, constants.tensor(node)):
                 rewriter.miss(node, "not folded: it shows all of one parameter, and stays a weight")  # case 2
             else:
-                _replace(rewriter, node, constants.tensor(node))  # case 1
+                replace_by_buffer(rewriter, node, constants.tensor(node))  # case 1
         rewriter.erase_dead(*reversed(found))
 
 
-def _replace(rewriter: Rewriter, node: fx.Node, value: torch.Tensor) -> None:
+def replace_by_buffer(rewriter: Rewriter, node: fx.Node, value: torch.Tensor) -> None:
+    """Put a buffer `folded.<node>` that holds `value` in the place of `node`."""
     container = f"{CONTAINER}.{node.name}"
     rewriter.add_module(container, torch.nn.Module())
     rewriter.add_tensor(f"{container}.value", value.contiguous().clone(), parameter=False)

@@ -11,8 +11,15 @@ from torch import fx
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.rewriter import Rewriter
+from fxquant.numerics.live_batch_norm import (
+    BATCH_NORM_RATIO,
+    BATCH_NORM_SHIFT,
+    BatchNormRatio,
+    BatchNormShift,
+    LiveBatchNorm,
+)
 
-from .norms import BatchNorm
+from .norms import BatchNorm, read_tensors, readers_by_tensor
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class FreezeBatchNorm(Pass):
 
     1. A batch norm with running statistics, with or without gamma and beta, in training mode or not.
     2. A module called twice: each call becomes a function of the same tensors.
+    3. A live batch norm (simulate-batch-norm-fold): its call goes, and the layer in front computes with the folded
+       weight and bias in train() as it does in eval().
 
     Declines a batch norm that keeps no running statistics. Contract: PRESERVES (what eval() computes, and from now on
     train()).
@@ -37,32 +46,27 @@ class FreezeBatchNorm(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every call of a batch norm module."""
-        order = {node: place for place, node in enumerate(program.graph.nodes)}
-        readers = {id(program.tensor(node)): node for node in order if node.op == "get_attr"}
-        for node in order:
+        readers = readers_by_tensor(program)
+        for node in list(program.graph.nodes):
             module: Any = program.submodule(node) if node.op == "call_module" else None
-            if not isinstance(module, BatchNorm):
+            if isinstance(module, (BatchNormRatio, BatchNormShift)):  # case 3
+                _freeze_fold(rewriter, node, module)
+            elif isinstance(module, LiveBatchNorm):
+                rewriter.replace_uses(node, node.all_input_nodes[0])
+                rewriter.erase(node)
+            if isinstance(module, LiveBatchNorm) or not isinstance(module, BatchNorm):
                 continue
             if module.running_mean is None:
                 rewriter.miss(node, f"{node.name} not frozen: it keeps no running statistics")
                 continue
-            operands = _read(rewriter, node, module, readers)
-            for reader in operands:
-                if reader is not None and order.get(reader, -1) > order[node]:
-                    rewriter.move(reader, before=node)  # another node, further down, was the first to read it
-                    order[reader] = order[node]
+            operands = read_tensors(rewriter, node, module, readers, before=node)
             momentum = 0.0 if module.momentum is None else module.momentum  # not used, as training=False
             rest = (False, momentum, module.eps, torch.backends.cudnn.enabled)
             rewriter.turn_into_function(node, torch.ops.aten.batch_norm.default, (node.args[0], *operands, *rest))
 
 
-def _read(rewriter: Rewriter, norm: fx.Node, module: BatchNorm, readers: dict[int, fx.Node]) -> list[fx.Node | None]:
-    """The nodes that read gamma, beta, mean and variance: one for each tensor, as everywhere in a program."""
-    operands: list[fx.Node | None] = []
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = getattr(module, name)
-        if tensor is not None and id(tensor) not in readers:
-            path = f"{norm.target}.{name}"
-            readers[id(tensor)] = rewriter.get_attr(path, name=path.replace(".", "_"), before=norm, like=norm)
-        operands.append(None if tensor is None else readers[id(tensor)])
-    return operands
+def _freeze_fold(rewriter: Rewriter, node: fx.Node, module: BatchNormRatio | BatchNormShift) -> None:
+    if isinstance(module, BatchNormRatio):
+        rewriter.turn_into_function(node, BATCH_NORM_RATIO, (*node.args, module.eps))
+    else:
+        rewriter.turn_into_function(node, BATCH_NORM_SHIFT, node.args)

@@ -8,16 +8,17 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from fxquant.errors import PassError
+from fxquant.errors import PassError, SpecError
 from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, describe, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.fake_quant import FakeQuant
-from fxquant.spec import QuantSpec
+from fxquant.spec import PER_TENSOR, QuantSpec
 
 from .share_encodings import owner_of
 from .values import wanted_specs
+from .wishes import SPEAKS_OF_BOTH
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class InsertFakeQuant(Pass):
         suffix = f"_{number}" if number else ""
         path = rewriter.fake_quant_path(owner + suffix)
         if not _has_module(rewriter.program, path):
-            rewriter.add_module(path, FakeQuant(spec, _channels(value, spec), follows=follows))
+            rewriter.add_module(path, FakeQuant(spec, _encoding_shape(value, spec), follows=follows))
         kwargs = {} if owner == value.name else {"observe": False}  # case 4
         readers = _readers(value, spec)
         before = _first_place_behind(value)
@@ -77,21 +78,24 @@ def _readers(value: fx.Node, spec: QuantSpec) -> list[tuple[fx.Node, int]]:
     return [(user, slot) for user, slot in pairs if everyone or input_spec(user, slot) == spec]
 
 
-def _channels(value: fx.Node, spec: QuantSpec) -> int | None:
-    axis = spec.granularity.axis
+def _encoding_shape(value: fx.Node, spec: QuantSpec) -> tuple[int, ...]:
+    if spec.granularity == PER_TENSOR:
+        return ()
     found = value_type(value)
     assert found is not None
-    if axis is None:
-        return None
-    size = found.shape[axis]
-    if not isinstance(size, int):
+    sizes = tuple(size for size in found.shape if isinstance(size, int))
+    assert len(sizes) == len(found.shape), "what is computed from parameters alone has constant sizes"
+    try:
+        return spec.granularity.encoding_shape(sizes)
+    except SpecError as err:
+        remedy = "Use another granularity for this value."
         raise PassError(
-            f"insert-fake-quant: value '{value.name}' has {size} channels on axis {axis}",
+            f"insert-fake-quant: value '{value.name}': {err.thing}",
             place=describe(value),
-            expected="a constant number of channels",
-            remedy="Use a per-tensor spec for this value.",
-        )
-    return size
+            expected=err.expected,
+            got=err.got,
+            remedy=remedy,
+        ) from err
 
 
 def _has_module(program: Program, path: str) -> bool:
@@ -111,14 +115,27 @@ def _first_place_behind(value: fx.Node) -> fx.Node:
 
 
 def _two_specs(value: fx.Node, wanted: dict[QuantSpec, list[str]]) -> PassError:
-    wishes = "; ".join(f"{spec} by {', '.join(names)}" for spec, names in wanted.items())
+    wishes = "; ".join(
+        f"{spec} by {', '.join(_with_rule(value, name) for name in names)}" for spec, names in wanted.items()
+    )
     return PassError(
         f"insert-fake-quant: value '{value.name}' is wanted with {len(wanted)} specs",
         place=describe(value),
         expected="one spec: onnxruntime merges two quantizers on one activation",
         got=wishes,
-        remedy="Make the placement rules of its consumers agree, or leave one of them in float.",
+        remedy=f"{SPEAKS_OF_BOTH} Or leave one of these nodes in float.",
     )
+
+
+def _with_rule(value: fx.Node, name: str) -> str:
+    """A node that wants a value with a spec, and the rule that it wants it by."""
+    if name == value.name:
+        rule = value.meta.get("rule", "")
+    else:
+        user = next(user for user in value.users if user.name == name)
+        slots = [slot for slot, node in enumerate(input_slots(user)) if node is value]
+        rule = next(filter(None, (user.meta.get("input_rules", {}).get(slot, "") for slot in slots)), "")
+    return f"{name} ({rule})" if rule else name
 
 
 def _per_channel(value: fx.Node, spec: QuantSpec) -> PassError:

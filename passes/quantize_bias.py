@@ -7,23 +7,26 @@ from typing import ClassVar
 
 from torch import fx
 
+from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.fake_quant import BiasFakeQuant
 
-from .values import definition_of, parameter_of
+from .values import definition_of
 
 
 @dataclass(frozen=True)
 class QuantizeBias(Pass):
     """Give the bias of every layer with quantized input and weight the grid f(sx * sw), zero point 0, int32.
 
-    1. A bias that is a parameter, in a layer whose input and weight come from FakeQuants.
+    1. A bias that is a parameter, or computed from parameters alone (as a live batch norm's is), in a layer whose input
+       and weight come from FakeQuants.
     2. A bias shared by several layers gets a grid for each of them.
 
     A bias whose codes would exceed 2^23 raises its channel's weight scale when the program is calibrated
-    (fxquant.calibration reports it). Declines, with the reason, a bias that is computed. Contract: QUANTIZES.
+    (fxquant.calibration reports it). Declines, with the reason, a bias that is computed, and that of a layer whose
+    weight is quantized in blocks: sx * sw is then not one scale for each output channel. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "quantize-bias"
@@ -32,6 +35,7 @@ class QuantizeBias(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every layer that has a bias."""
+        constants = Constants(program)
         for node in list(program.graph.nodes):
             definition = definition_of(program, node)
             position = None if definition is None else definition.weight_for(node)
@@ -42,14 +46,14 @@ class QuantizeBias(Pass):
             x = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg not in (bias, weight)), None)
             if not isinstance(bias, fx.Node) or not isinstance(weight, fx.Node) or x is None:
                 continue
-            if (
-                program.fake_quant(x) is None
-                or program.fake_quant(weight) is None
-                or program.bias_fake_quant(bias) is not None
-            ):
+            weight_quant = program.fake_quant(weight)
+            if program.fake_quant(x) is None or weight_quant is None or program.bias_fake_quant(bias) is not None:
                 continue
-            if parameter_of(program, node, definition.bias) is None:
-                rewriter.miss(node, f"bias {bias.name} of {node.name} stays in float: it is computed, not a parameter")
+            reason = "" if constants.is_constant(bias) else "it is computed, not a parameter"
+            if weight_quant.spec.granularity.block is not None:
+                reason = f"its layer's weight is {weight_quant.spec.granularity}, not one scale for each output channel"
+            if reason:
+                rewriter.miss(node, f"bias {bias.name} of {node.name} stays in float: {reason}")
                 continue
             self._quantize(program, rewriter, node, definition.bias, (bias, x, weight))
 

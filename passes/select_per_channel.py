@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, input_slots, input_spec
 from fxquant.graph.rewriter import Rewriter
-from fxquant.spec import PER_TENSOR, Granularity
+from fxquant.spec import PER_TENSOR, Granularity, SpecOverride
 
-from .values import definition_of, weight_slot
+from .values import check_ops, definition_of, is_named, weight_slot
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,9 @@ class SelectPerChannel(Pass):
     Contract: PRESERVES (it only annotates).
 
     Options:
-        ops: names of the operations that are meant; empty for all that have a weight.
+        ops: the operations that are meant, by our name or ONNX operator type; empty for all that have a weight.
+        change: what else becomes of such a weight's spec (a runtime may want unsigned weights, but signed ones where
+            they are per channel).
     """
 
     name: ClassVar[str] = "select-per-channel"
@@ -32,18 +34,23 @@ class SelectPerChannel(Pass):
     contract: ClassVar[Contract] = Contract.PRESERVES
 
     ops: tuple[str, ...] = ()
+    change: SpecOverride = field(default=SpecOverride())
+
+    def __post_init__(self) -> None:
+        check_ops(self.ops, "select-per-channel: ops")
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Narrow every weight spec that is per tensor."""
         for node in program.graph.nodes:
             definition = definition_of(program, node)
-            if definition is None or (self.ops and definition.name not in self.ops):
+            if definition is None or (self.ops and not is_named(self.ops, node, definition)):
                 continue
             slot = weight_slot(node, definition)
             spec = None if slot is None else input_spec(node, slot)
             if slot is None or spec is None or spec.granularity != PER_TENSOR:
                 continue
-            if not spec.symmetric:
+            changed = self.change.apply(spec)
+            if not changed.symmetric:
                 rewriter.miss(node, f"weight {input_slots(node)[slot].name} stays per tensor: its spec is asymmetric")
             elif definition.channel_axis is None:
                 rewriter.miss(
@@ -51,4 +58,4 @@ class SelectPerChannel(Pass):
                 )  # case 2
             else:
                 axis = definition.channel_axis(node)
-                rewriter.set_input_spec(node, slot, replace(spec, granularity=Granularity(axis)))  # case 1
+                rewriter.set_input_spec(node, slot, replace(changed, granularity=Granularity(axis)))  # case 1

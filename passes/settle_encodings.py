@@ -16,7 +16,8 @@ from fxquant.numerics.fake_quant import Mode
 class SettleEncodings(Pass):
     """Compute the weights' grids from the weights as they are now, raise those that a bias needs, and freeze all grids.
 
-    1. Every FakeQuant is frozen; a weight's grid is computed once more before.
+    1. Every FakeQuant but those that are off is frozen; a weight's grid, if not frozen already, is computed once more
+       before.
     2. Refuses, by name, values that have no range, and parameters that are NaN or Inf (CalibrationError).
 
     Contract: PRESERVES: the grids are those that the calibrated program simulates.
@@ -33,5 +34,6 @@ class SettleEncodings(Pass):
         require_ranges(program)
         for path in settle(program):
             rewriter.record(path, "grid computed from the weight")
-        for node, _ in program.fake_quant_nodes():
-            rewriter.set_mode(str(node.target), Mode.FROZEN)
+        for node, module in program.fake_quant_nodes():
+            if module.mode is not Mode.OFF:
+                rewriter.set_mode(str(node.target), Mode.FROZEN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxquant.errors import ConfigError, nearest
 from fxquant.graph.program import Program, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import OpDef, Role
@@ -24,6 +25,27 @@ def role_of(program: Program, node: fx.Node) -> Role | None:
     """The role of the operation that a node calls."""
     definition = definition_of(program, node)
     return None if definition is None else definition.role_for(node)
+
+
+def is_layer(program: Program, node: fx.Node) -> bool:
+    """Whether a node multiplies by a weight: a convolution, also a transposed one, or a linear layer."""
+    definition = definition_of(program, node)
+    if definition is None or definition.role_for(node) is Role.GRID_PRESERVING:  # a table that is looked up
+        return False
+    return definition.weight_for(node) is not None
+
+
+def is_named(ops: tuple[str, ...], node: fx.Node, definition: OpDef) -> bool:
+    """Whether `ops`, our names of operations or ONNX operator types, name what `node` calls."""
+    return definition.name in ops or not set(ops).isdisjoint(definition.types_for(node))
+
+
+def check_ops(ops: tuple[str, ...], option: str) -> None:
+    """Refuse a name that is neither an operation of the table nor an ONNX operator type of one (ConfigError)."""
+    accepted = {name for definition in TABLE for name in (definition.name, *definition.onnx_types)}
+    for name in ops:
+        if name not in accepted:
+            raise ConfigError(f"{option}: operation '{name}' is unknown", remedy=nearest(name, accepted))
 
 
 def makes_codes(program: Program, value: fx.Node) -> bool:
@@ -83,13 +105,3 @@ def set_value_spec(rewriter: Rewriter, value: fx.Node, old: QuantSpec, new: Quan
 def is_parameter(node: fx.Node) -> bool:
     """Whether a node reads a parameter or buffer."""
     return node.op == "get_attr"
-
-
-def parameter_of(program: Program, node: fx.Node, position: int | None) -> tuple[fx.Node, torch.Tensor] | None:
-    """The get_attr node at an argument position and the tensor that it reads, or None if there is another thing."""
-    if position is None or position >= len(node.args):
-        return None
-    source = node.args[position]
-    if not isinstance(source, fx.Node) or not is_parameter(source):
-        return None
-    return source, program.tensor(source)

@@ -132,7 +132,7 @@ class Builder:
         """A FakeQuant behind `value`, in mode fake, with a grid that covers [low, high]."""
         axis = spec.granularity.axis
         module = FakeQuant(
-            spec, None if axis is None else value.meta["type"].shape[axis], follows=value.op == "get_attr"
+            spec, () if axis is None else (value.meta["type"].shape[axis],), follows=value.op == "get_attr"
         )
         module.set_range(torch.full_like(module.scale, low), torch.full_like(module.scale, high))
         module.mode = Mode.FAKE

@@ -159,9 +159,9 @@ def test_placeholder_values_follow_the_graph() -> None:
 
 def test_moving_average_follows_the_latest_batches() -> None:
     from fxquant.numerics.estimators import MovingAverage
-    from fxquant.spec import PER_TENSOR
+    from fxquant.spec import QuantSpec
 
-    estimator = MovingAverage(PER_TENSOR, None)
+    estimator = MovingAverage(QuantSpec(estimator="moving-average"), (), 0.1)
     estimator.observe(torch.tensor([-1.0, 1.0]))
     estimator.observe(torch.tensor([-2.0, 3.0]))
     assert (float(estimator.low), float(estimator.high)) == (pytest.approx(-1.1), pytest.approx(1.2))

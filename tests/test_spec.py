@@ -116,7 +116,7 @@ def test_encoding_refuses_a_zero_point_off_the_grid() -> None:
 
 
 def test_fake_quant_observes_then_quantizes_then_stands_still() -> None:
-    module = FakeQuant(QuantSpec(granularity=Granularity(0), signed=True, symmetric=True), 2, follows=True)
+    module = FakeQuant(QuantSpec(granularity=Granularity(0), signed=True, symmetric=True), (2,), follows=True)
     weight = torch.tensor([[1.0, -2.0], [0.1, 0.05]])
     module.follow(weight)
     module.mode = Mode.FAKE

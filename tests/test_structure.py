@@ -18,7 +18,7 @@ LAYERS = (
     ("fxquant.graph",),
     ("fxquant.capture", "fxquant.calibration", "fxquant.placement"),
     ("fxquant.lowering",),
-    ("fxquant.simulation",),
+    ("fxquant.encodings", "fxquant.simulation"),
     ("fxquant.parity",),
     ("fxquant.sim", "fxquant.demo", "fxquant.cli", "fxquant.__main__", "fxquant"),
 )

@@ -21,7 +21,7 @@ from fxquant.graph.program import Program
 from fxquant.graph.storage import load_program
 from fxquant.numerics.runtime import Level, RuntimeOptions
 from fxquant.parity import check_parity
-from fxquant.sim import pair_names, write_pair
+from fxquant.sim import file_names, write_files
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -51,6 +51,8 @@ def _demo_summary(result: DemoResult) -> str:
 
 def show(options: argparse.Namespace) -> int:
     """`fxquant show`."""
+    if options.json is not None and not options.coverage:
+        raise FxquantError("show", expected="--json with --coverage", got="--json alone", remedy="Add --coverage.")
     program = _program(options.program, options)
     if options.config and not options.program.endswith(".fxq"):
         trace = load_pipeline(options.config).prepare(program)
@@ -60,10 +62,21 @@ def show(options: argparse.Namespace) -> int:
         raise FxquantError(
             "show", expected="a model with --config", got="a saved program", remedy="Leave --config and --passes out."
         )
-    print(program, end="")
+    if options.coverage:
+        _print_coverage(program, options)
+    else:
+        print(program, end="")
     if options.draw:
         program.draw(options.draw)
     return 0
+
+
+def _print_coverage(program: Program, options: argparse.Namespace) -> None:
+    report = program.coverage()
+    text = json.dumps(report.to_dict(), indent=2)
+    print(text if options.json == "-" else report)
+    if options.json not in (None, "-"):
+        write_text(Path(options.json), f"{text}\n")
 
 
 def _program(name: str, options: argparse.Namespace) -> Program:
@@ -97,17 +110,17 @@ def quantize(options: argparse.Namespace) -> int:
     """`fxquant quantize`."""
     folder = Path(options.out)
     pipeline = load_pipeline(options.config)
-    make_folder(folder, pair_names("model"))
+    make_folder(folder, file_names("model"))
     batches = load_batches(options.data, options.batch_size)
     first, batches = _peek(batches, options.data)
     program = capture(load_model(options.model), first)
     print(pipeline.prepare(program))
     calibrate(program, batches, max_batches=options.max_batches)
     pipeline.finalize(program)
-    write_pair(program, folder, opset=options.opset)
+    write_files(program, folder, opset=options.opset, encodings_version=options.encodings)
     for note in program.notes:
         print(f"note: {note}")
-    print(f"wrote {folder / 'model.onnx'} and {folder / 'model.fxq'}")
+    print(f"wrote {', '.join(str(folder / name) for name in file_names('model'))}")
     print(f"check it: fxquant parity {folder / 'model.onnx'} --data {options.data}")
     return 0
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from fxquant.cli import commands
+from fxquant.encodings import VERSIONS
 from fxquant.errors import FxquantError
 from fxquant.numerics.runtime import Level
 from fxquant.parity.simulation import SIMULATIONS
@@ -113,10 +114,12 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = _command(
         subparsers,
         "show",
-        "print a program's graph, or a model's captured and prepared graph",
+        "print a program's graph, or a model's captured and prepared graph; or what is quantized and why",
         "  fxquant show out/model.fxq\n"
+        "  fxquant show out/model.fxq --coverage --json coverage.json\n"
         "  fxquant show mypackage.models:make_net --data images.npy\n"
-        "  fxquant show model.py:make_net --data images.npy --config int8_per_channel --draw graph.svg",
+        "  fxquant show model.py:make_net --data images.npy --config int8_per_channel --draw graph.svg\n"
+        "  fxquant show model.py:make_net --data images.npy --config my_rules.toml --coverage",
     )
     parser.add_argument("program", help=f"a .fxq file, or a model: {MODEL_HELP}")
     _add_data(parser, required=False)
@@ -124,6 +127,13 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--passes", action="store_true", help="print what each prepare pass did and declined (needs --config)"
     )
+    parser.add_argument(
+        "--coverage",
+        action="store_true",
+        help="instead of the graph, print each value with its spec, its encoding and the rule that decided it, "
+        "or the reason why it stays in float",
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the coverage to FILE; '-' prints JSON alone")
     parser.add_argument("--draw", metavar="FILE", help="also draw the graph to FILE (.svg or .dot)")
     parser.set_defaults(run=commands.show)
 
@@ -160,8 +170,21 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"
     )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder for model.onnx and model.fxq")
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FOLDER",
+        help="folder for model.onnx and model.fxq, and for runtimes with a quantizer of their own model_float.onnx, "
+        "model.encodings and model_state_dict.pth",
+    )
     parser.add_argument("--opset", type=_positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
+    parser.add_argument(
+        "--encodings",
+        default="1.0.0",
+        choices=VERSIONS,
+        metavar="VERSION",
+        help=f"version of model.encodings: {', '.join(VERSIONS)} (default: %(default)s)",
+    )
     parser.set_defaults(run=commands.quantize)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import fx
 
 from fxquant.graph.program import Program, value_type
+from fxquant.numerics.live_batch_norm import ConstantModule
 
 _RANDOM = torch.Tag.nondeterministic_seeded
 
@@ -13,7 +14,8 @@ _RANDOM = torch.Tag.nondeterministic_seeded
 class Constants:
     """Values of the nodes that depend on get_attr nodes alone; computed by torch, exactly as the program computes them.
 
-    A weight-standardised convolution's weight is such a value: it becomes an initializer.
+    A weight-standardised convolution's weight is such a value, and so is one that a live batch norm is folded into, as
+    it is outside training: it becomes an initializer.
     """
 
     def __init__(self, program: Program) -> None:
@@ -39,22 +41,25 @@ class Constants:
         if node.op == "get_attr":
             return True
         inputs = node.all_input_nodes
-        if node.op != "call_function" or not inputs or value_type(node) is None:
+        if not inputs or value_type(node) is None or not all(self._known.get(source, False) for source in inputs):
             return False
-        if (
-            not isinstance(node.target, torch._ops.OpOverload)
-            or _RANDOM in node.target.tags
-            or node.target._schema.is_mutable
-        ):
-            return False
-        return all(self._known.get(source, False) for source in inputs)
+        if node.op == "call_module":
+            return isinstance(self._program.submodule(node), ConstantModule)
+        return (
+            node.op == "call_function"
+            and isinstance(node.target, torch._ops.OpOverload)
+            and _RANDOM not in node.target.tags
+            and not node.target._schema.is_mutable
+        )
 
     def _compute(self, node: fx.Node) -> torch.Tensor:
         if node.op == "get_attr":
             return self._program.tensor(node).detach().cpu()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.tensor)
-        assert callable(node.target)
+        module = self._program.submodule(node) if node.op == "call_module" else None
+        function = module.at_rest if isinstance(module, ConstantModule) else node.target
+        assert callable(function)
         with torch.no_grad():
-            result = node.target(*args, **kwargs)
+            result = function(*args, **kwargs)
         assert isinstance(result, torch.Tensor)
         return result.detach().cpu()

@@ -30,8 +30,9 @@ def islands(program: Program) -> dict[fx.Node, Island]:
     """The island of every node.
 
     A node is INTEGER if all its float inputs come from quantizers, all that reads it is quantizers, and its operation
-    has an integer kernel; an absorbed activation between a layer and its quantizer belongs to the layer. Whether a
-    runtime fuses it is for check_parity to say, which reads the graph that ran.
+    has an integer kernel; an absorbed activation between a layer and its quantizer belongs to the layer. What is
+    quantized in blocks counts as float, as no kernel takes it. Whether a runtime fuses a node is for check_parity to
+    say, which reads the graph that ran.
     """
     found = {node: _kind(program, node) for node in program.graph.nodes}
     reads = _reads_codes(program, found)
@@ -75,9 +76,15 @@ def _reads_codes(program: Program, found: dict[fx.Node, Island]) -> set[fx.Node]
             continue
         inputs = [slot for slot in input_slots(node) if _is_float(slot)]
         is_absorbed = role is Role.ACTIVATION and all(slot in reads for slot in inputs)
-        if is_absorbed or inputs and all(found[slot] is Island.QUANTIZER for slot in inputs):
+        if is_absorbed or inputs and all(_gives_codes(program, slot, found) for slot in inputs):
             reads.add(node)
     return reads
+
+
+def _gives_codes(program: Program, slot: fx.Node, found: dict[fx.Node, Island]) -> bool:
+    module = program.fake_quant(slot)
+    is_in_blocks = module is not None and module.spec.granularity.block is not None
+    return found[slot] is Island.QUANTIZER and not is_in_blocks
 
 
 def _writes_codes(program: Program, found: dict[fx.Node, Island]) -> set[fx.Node]:

@@ -23,7 +23,8 @@ from torch import _compile, fx, nn
 from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-import fxquant.numerics.padded_convolution  # noqa: F401  (registers an operator that a pickled graph may name)
+import fxquant.numerics.live_batch_norm
+import fxquant.numerics.padded_convolution  # noqa: F401  (register operators that a pickled graph may name)
 from fxquant.errors import FxquantError
 from fxquant.spec import Target
 
@@ -37,6 +38,8 @@ FLOAT = "float"
 Form = Callable[..., Any]
 # By name, what computes a program's outputs instead of the compiled graph; fxquant.simulation fills it.
 FORMS: dict[str, Callable[[ProgramModule, Target], Form]] = {}
+# What is done to a program's module when it is put into eval mode; fxquant.calibration fills it.
+AT_REST: list[Callable[[ProgramModule], None]] = []
 
 
 class ProgramModule(fx.GraphModule):
@@ -111,6 +114,13 @@ class ProgramModule(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _DERIVED}
+
+    def train(self, mode: bool = True) -> ProgramModule:
+        """Set the mode; eval mode settles what finalize would settle, so that it computes what finalize emits."""
+        super().train(mode)
+        for settle in () if mode else AT_REST:
+            settle(self)
+        return self
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ProgramModule:
         before = _device_of(self)

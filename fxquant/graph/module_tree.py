@@ -16,9 +16,10 @@ from fxquant.graph.options import decode, encode
 from fxquant.graph.program import Program
 from fxquant.numerics.estimators import Estimator
 from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
+from fxquant.numerics.live_batch_norm import BatchNormRatio, BatchNormShift, LiveBatchNorm
 from fxquant.spec import QuantSpec
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, LiveBatchNorm)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _BATCH_NORM_OPTIONS = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _LEGAL_NAME = re.compile(r"[^'\"\\\n\r{}.]+")  # torch.fx writes paths into code
@@ -83,11 +84,14 @@ def _kind_of(module: nn.Module, path: str, caller: str | None) -> tuple[str, dic
         return kind.__name__, {key: getattr(module, key) for key in _BATCH_NORM_OPTIONS}
     if kind in _DROPOUTS:
         return kind.__name__, {"p": module.p, "inplace": module.inplace}
+    if isinstance(module, BatchNormRatio):
+        return "BatchNormRatio", {"eps": module.eps}
+    if isinstance(module, BatchNormShift):
+        return "BatchNormShift", {}
     if isinstance(module, FakeQuant):
-        channels = None if module.scale.ndim == 0 else module.scale.numel()
         quantizer = {
             "spec": encode(module.spec),
-            "channels": channels,
+            "shape": list(module.scale.shape),
             "follows": module.follows,
             "mode": module.mode.value,
         }
@@ -131,7 +135,7 @@ def _module(record: dict[str, Any], modules: dict[str, nn.Module], path: str) ->
 
 def _fake_quant(options: dict[str, Any]) -> nn.Module:
     spec = decode(QuantSpec, options["spec"], "spec")
-    module = FakeQuant(spec, options["channels"], follows=options["follows"])
+    module = FakeQuant(spec, tuple(options["shape"]), follows=options["follows"])
     module.mode = Mode(options["mode"])
     return module
 
@@ -144,6 +148,8 @@ _BUILDERS: dict[str, Callable[[dict[str, Any]], nn.Module]] = {
     "container": lambda _: nn.Module(),
     "FakeQuant": _fake_quant,
     "BiasFakeQuant": lambda _: BiasFakeQuant(),
+    "BatchNormRatio": lambda options: BatchNormRatio(**options),
+    "BatchNormShift": lambda _: BatchNormShift(),
     **{kind.__name__: _builder(kind) for kind in (*_BATCH_NORMS, *_DROPOUTS)},
 }
 

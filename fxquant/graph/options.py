@@ -41,7 +41,10 @@ def decode(kind: Any, value: Any, place: str) -> Any:
 
 
 def decode_dataclass(kind: type[Any], value: Any, place: str) -> Any:
-    """A table of options as the dataclass `kind`; its own checks (`__post_init__`) speak with `place` in front."""
+    """A table of options as the dataclass `kind`; its own checks (`__post_init__`) speak with `place` in front.
+
+    A class with a method `placed` is told its place, for messages of its own.
+    """
     if not isinstance(value, Mapping):
         raise _wrong(place, f"a table of {kind.__name__}", value)
     accepted = option_types(kind)
@@ -53,7 +56,8 @@ def decode_dataclass(kind: type[Any], value: Any, place: str) -> Any:
         raise ConfigError(f"key '{missing[0]}' is missing", place=place, expected=f"a {kind.__name__} with it")
     options = {key: decode(accepted[key], item, f"{place}.{key}") for key, item in value.items()}
     try:
-        return kind(**options)
+        item = kind(**options)
+        return item.placed(place) if hasattr(kind, "placed") else item
     except FxquantError as err:
         raise ConfigError(err.thing, place=place, expected=err.expected, got=err.got, remedy=err.remedy) from err
 

@@ -9,6 +9,9 @@ activation = { bits = 8, signed = false }
 
 [[finalize]]
 pass = "settle-encodings"
+
+A JSON file is a placement config of AIMET's: it gives the sections of the pass that reads such files, and the packaged
+pipeline PLACEMENT_TEMPLATE gives everything else.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ import json
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from fxquant.errors import ConfigError, PassError, nearest
 from fxquant.graph.batches import Batch
@@ -30,10 +34,11 @@ from fxquant.graph.options import decode, decode_dataclass, encode
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.trace import PassTrace
-from fxquant.spec import Target
+from fxquant.spec import QuantSpec, SpecOverride, Target
 
 DEFAULT_CATALOGUE = "fxquant.passes:CATALOG"
 CONFIGS = "fxquant.configs"
+PLACEMENT_TEMPLATE = "aimet_default"
 _KEYS = ("target", "catalogue", "prepare", "finalize")
 
 
@@ -84,6 +89,23 @@ class Pipeline:
             )
         return self.finalize_passes.run(program, check_inputs)
 
+    def override(self, activation: SpecOverride | None = None, weight: SpecOverride | None = None) -> Pipeline:
+        """This pipeline with the options `activation` and `weight` of its prepare passes changed.
+
+            load_pipeline("int8_per_channel").override(activation=SpecOverride(estimator="mse"))
+
+        Raises ConfigError if no pass has such an option, SpecError if the result is no QuantSpec.
+        """
+        wanted = {"activation": activation, "weight": weight}
+        given = {name: change for name, change in wanted.items() if change is not None}
+        if not given:
+            return self
+        passes = [_overridden(item, given) for item in self.prepare_passes]
+        for name in given:
+            if not any(isinstance(getattr(item, name, None), QuantSpec) for item in passes):
+                raise ConfigError(f"pipeline '{self.name}' has no pass with a spec for '{name}'")
+        return Pipeline(PassManager(passes), self.finalize_passes, self.target, self.name, self.catalogue)
+
     def make_pass(self, name: str) -> Pass:
         """The pass called `name` of the pipeline's catalogue, with its options at their defaults."""
         known = _import_catalogue(self.catalogue, f"pipeline '{self.name}'")
@@ -106,24 +128,50 @@ class Pipeline:
 
 
 def load_pipeline(name_or_path: str | os.PathLike[str]) -> Pipeline:
-    """Read a pipeline: a packaged name ("int8_per_channel", see `packaged_pipelines`) or the path of a TOML file.
+    """Read a pipeline: a packaged name ("int8_per_channel", see `packaged_pipelines`), the path of a TOML file, or the
+    path of a JSON file with AIMET's six sections ("aimet_default.json" is packaged, too).
 
-    Raises ConfigError naming the file, the key and what is accepted, if the file is missing, is not TOML, or holds an
-    unknown pass, key, value, type, catalogue or order of passes.
+    Whatever hw_version a JSON file names, the target is onnxruntime's, so that its model can be run and compared here.
+
+    Raises ConfigError naming the file, the key and what is accepted, if the file is missing, is not TOML or JSON, or
+    holds an unknown pass, key, value, type, catalogue or order of passes.
     """
     text = os.fspath(name_or_path)
     if text in packaged_pipelines():
         source = resources.files(CONFIGS).joinpath(f"{text}.toml")
         return parse_pipeline(source.read_text(encoding="utf-8"), text, place=f"{text}.toml")
     path = Path(text)
-    if path.suffix != ".toml" and not path.exists():
-        remedy = f"{nearest(text, packaged_pipelines())} Or give the path of a .toml file."
+    if path.suffix not in (".toml", ".json") and not path.exists():
+        remedy = f"{nearest(text, packaged_pipelines())} Or give the path of a .toml or .json file."
         raise ConfigError(f"pipeline '{text}' is unknown", remedy=remedy)
+    if path.suffix == ".json":
+        return _with_placement(_read(path, "a JSON file"), path.stem, place=text)
+    return parse_pipeline(_read(path, "a TOML file"), path.stem, place=text)
+
+
+def _read(path: Path, expected: str) -> str:
+    """The text of a file; of a packaged one if none lies there."""
+    packaged = resources.files(CONFIGS).joinpath(path.name)
+    source = packaged if str(path) == path.name and not path.exists() and packaged.is_file() else path
     try:
-        content = path.read_text(encoding="utf-8")
+        return source.read_text(encoding="utf-8-sig" if path.suffix == ".json" else "utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError("pipeline cannot be read", place=text, expected="a TOML file", got=str(err)) from err
-    return parse_pipeline(content, path.stem, place=text)
+        raise ConfigError("pipeline cannot be read", place=str(path), expected=expected, got=str(err)) from err
+
+
+@runtime_checkable
+class ReadsPlacement(Protocol):
+    """A pass that takes what it does from a placement file of AIMET's."""
+
+    def with_file(self, text: str, file: str) -> Pass:
+        """The same pass, as the text of a file says; `file` names it in messages. Raises ConfigError."""
+
+
+def _with_placement(text: str, name: str, place: str) -> Pipeline:
+    frame = load_pipeline(PLACEMENT_TEMPLATE)
+    prepare = frame.prepare_passes
+    passes = [item.with_file(text, place) if isinstance(item, ReadsPlacement) else item for item in prepare]
+    return Pipeline(PassManager(passes), frame.finalize_passes, frame.target, name, frame.catalogue)
 
 
 def packaged_pipelines() -> list[str]:
@@ -148,6 +196,15 @@ def parse_pipeline(text: str, name: str, *, place: str) -> Pipeline:
     finalize = _manager(content.get("finalize", []), "finalize", known, place)
     _check_starts(prepare, finalize, place)
     return Pipeline(prepare, finalize, target, name, catalogue)
+
+
+def _overridden(item: Pass, given: Mapping[str, SpecOverride]) -> Pass:
+    specs = {name: getattr(item, name, None) for name in given}
+    changed = {name: given[name].apply(spec) for name, spec in specs.items() if isinstance(spec, QuantSpec)}
+    if not changed:
+        return item
+    found: Pass = replace(item, **changed)  # type: ignore[type-var]
+    return found.placed(vars(item)["place"]) if hasattr(found, "placed") else found
 
 
 def _import_catalogue(text: str, place: str) -> Mapping[str, type[Pass]]:

@@ -13,15 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from fxquant.errors import CalibrationError, FxquantError, nearest
+from fxquant.errors import CalibrationError, FxquantError, SpecError, nearest
 from fxquant.graph.module import FLOAT, FORMS, ProgramModule, graph_to_records
 from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
 from fxquant.spec import QuantSpec, Target
+
+if TYPE_CHECKING:
+    from fxquant.graph.coverage import CoverageReport
 
 FAKE_QUANTS = "fake_quants"
 
@@ -248,6 +251,14 @@ class Program:
             assert isinstance(x_node, fx.Node) and isinstance(weight_node, fx.Node)
             x_quant, weight_quant = self.fake_quant(x_node), self.fake_quant(weight_node)
             assert x_quant is not None and weight_quant is not None
+            if weight_quant.spec.granularity.block is not None:
+                raise SpecError(
+                    f"bias '{node.args[0]}' is quantized to int32",
+                    place=describe(node),
+                    expected="a weight per tensor or per channel: the bias's scale is its scale times the input's",
+                    got=f"a weight {weight_quant.spec.granularity}",
+                    remedy="Leave that bias in float, as 'quantize-bias' does.",
+                )
             module.link(x_quant, weight_quant)
 
     def recompile(self) -> None:
@@ -279,6 +290,12 @@ class Program:
             digest.update(f"{key}:{raw.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
         return digest.hexdigest()
+
+    def coverage(self) -> CoverageReport:
+        """Each float value with its spec, encoding and rule, or the reason why it stays in float; at any stage."""
+        from fxquant.graph.coverage import coverage
+
+        return coverage(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the program to one file (fxquant.load_program reads it); a kill midway leaves the old file."""

@@ -44,6 +44,8 @@ def _encode_value(key: str, value: Any, name: str) -> Any:
         return encode(value)
     if key == "input_specs":
         return {str(slot): encode(spec) for slot, spec in value.items()}
+    if key == "input_rules":
+        return {str(slot): rule for slot, rule in value.items()}
     if not _is_plain(value):
         expected = "numbers, strings, lists and dicts of such"
         raise StorageError(f"node '{name}': meta '{key}' cannot be saved", expected=expected, got=type(value).__name__)
@@ -57,6 +59,8 @@ def _decode_value(key: str, value: Any, place: str) -> Any:
         return decode(QuantSpec, value, place)
     if key == "input_specs":
         return {int(slot): decode(QuantSpec, spec, place) for slot, spec in value.items()}
+    if key == "input_rules":
+        return {int(slot): decode(str, rule, place) for slot, rule in value.items()}
     return value
 
 

@@ -67,6 +67,10 @@ class Rewriter:
         """Say why a node that nearly matched was left alone."""
         self.misses.append(Miss(node.name, describe(node), reason))
 
+    def miss_option(self, option: str, place: str, reason: str) -> None:
+        """Say why what an option of the pass asks for ("rules[2]", read at `place`) was not done."""
+        self.misses.append(Miss(option, place or self.pass_name, reason))
+
     def note(self, note: Note) -> None:
         """Keep a note in the program (notes are not edits)."""
         self.program.add_note(note)
@@ -299,6 +303,17 @@ class Rewriter:
         for name, tensor in tensors:
             _strike(self._ties, tensor, {(tensor, f"{path}.{name}") for path in gone})
 
+    def replace_module(self, path: str, module: torch.nn.Module) -> None:
+        """Put `module` in the place of the one at `path`, under all its names; it holds the same tensors."""
+        old = self.program.module.get_submodule(path)
+        names = list(self._paths_of_module(old))
+        self._forget(old, names)
+        for name in names:
+            owner_path, _, attribute = name.rpartition(".")
+            self.program.module.get_submodule(owner_path)._modules[attribute] = module
+            self._record("add", name, type(module).__name__)
+        self._paths = self._ties = None  # found again when next asked for
+
     def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
         """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator
         saw.
@@ -328,14 +343,22 @@ class Rewriter:
         if rule:
             self._set_meta(node, "rule", rule)
 
-    def set_input_spec(self, node: fx.Node, slot: int, spec: QuantSpec | None) -> None:
-        """Say how `node` wants its input slot `slot` quantized (None: not)."""
-        specs = dict(node.meta.get("input_specs", {}))
+    def set_input_spec(self, node: fx.Node, slot: int, spec: QuantSpec | None, rule: str = "") -> None:
+        """Say how `node` wants its input slot `slot` quantized (None: not), and which rule wants it ("": as before)."""
+        specs: dict[int, QuantSpec] = dict(node.meta.get("input_specs", {}))
+        rules: dict[int, str] = dict(node.meta.get("input_rules", {}))
         if spec is None:
             specs.pop(slot, None)
+            rules.pop(slot, None)
         else:
             specs[slot] = spec
-        self._set_meta(node, "input_specs", specs or None, f"slot {slot} = {spec}")
+            rules.update({slot: rule} if rule else {})
+        if node.meta.get("input_specs", {}) == specs and node.meta.get("input_rules", {}) == rules:
+            return
+        for key, value in (("input_specs", specs), ("input_rules", rules)):
+            node.meta.pop(key, None)
+            node.meta.update({key: value} if value else {})
+        self._record("annotate", node.name, f"slot {slot} = {spec}", node)
 
     def set_type(self, node: fx.Node, type: ValueType | tuple[ValueType, ...] | None) -> None:
         """Say what a node's value is (None: a Python scalar)."""

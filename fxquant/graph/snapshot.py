@@ -31,6 +31,7 @@ META_KEYS = (
     "source",
     "output_spec",
     "input_specs",
+    "input_rules",
     "rule",
     "float_reason",
     "shares_encoding_with",
@@ -86,8 +87,8 @@ class TensorState(NamedTuple):
 def node_state(node: fx.Node) -> NodeState:
     """The state of a node as it is now."""
     meta = dict(node.meta)
-    if "input_specs" in meta:
-        meta["input_specs"] = dict(meta["input_specs"])  # the one mutable value
+    for key in {"input_specs", "input_rules"} & meta.keys():
+        meta[key] = dict(meta[key])  # the two mutable values
     return NodeState(node, node.op, node.target, node.args, node.kwargs, meta)
 
 

@@ -32,7 +32,7 @@ from fxquant.graph.record_meta import decode_meta, encode_meta, refuse_foreign_c
 from fxquant.spec import Target
 
 FORMAT = "fxquant program"
-VERSION = 1
+VERSION = 2
 _MANIFEST, _PROGRAM, _TENSORS = "manifest.json", "program.json", "tensors.pt"
 
 

@@ -22,6 +22,9 @@ ALL against none (tests/lowering/test_barriers.py repeats it):
 5. PadFusion makes a Pad with zeros part of the pool behind it. A MaxPool then pads with -inf (half of the values wrong
    where they are negative), a padded AveragePool in ceil mode gets another shape, and one without becomes an integer
    kernel that no program says. Barrier before the pool.
+6. A weight dequantized in blocks (8-bit codes, grids around the layer) is fused into QLinearConv, QLinearMatMul or
+   MatMulIntegerToFloat all the same, which then fail when they run, as they take one scale for a channel. (4-bit
+   element types and Gemm are not fused.) Barrier behind the DequantizeLinear, which keeps the layer in float.
 
 A barrier where none is needed costs one Max: what is looked through here runs in float in any case.
 """
@@ -42,6 +45,7 @@ from fxquant.spec import Encoding
 
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
+_TAKES_BLOCKS = frozenset({"Conv", "MatMul"})
 _POOLS = frozenset({"MaxPool", "AveragePool"})
 _FOLDED = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})  # with constants, into the layer in front
 _REMOVED = frozenset({"Identity", "Dropout", "Cast"})
@@ -68,8 +72,10 @@ def needs_barrier_before_quantizer(real: ir.Value, grid: Sequence[ir.Value], nod
 
 
 def input_to_guard(node: ir.Node) -> int | None:
-    """Which input of an ONNX node a barrier belongs before (cases 2 and 5); None for most."""
+    """Which input of an ONNX node a barrier belongs before (cases 2, 5 and 6); None for most."""
     if node.op_type in _PRODUCTS and _reads_weight_alone(node):
+        return 1
+    if node.op_type in _TAKES_BLOCKS and _reads_blocks(node):
         return 1
     if node.op_type in _POOLS and _is_padded(node.inputs[0]):
         return 0
@@ -86,6 +92,12 @@ def _reads_weight_alone(product: ir.Node) -> bool:
     if weight is None or weight.inputs[0] is None or weight.inputs[0].const_value is None:
         return False
     return _dequantizer(left, _REMOVED | _MOVED_ACROSS) is None
+
+
+def _reads_blocks(layer: ir.Node) -> bool:
+    """Case 6."""
+    weight = _dequantizer(layer.inputs[1], _REMOVED | _MOVED_ACROSS)
+    return weight is not None and "block_size" in weight.attributes
 
 
 def _shows_float_parameter(real: ir.Value) -> bool:

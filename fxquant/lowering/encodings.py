@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,16 +20,32 @@ from fxquant.spec import BIAS_SPEC, Encoding, Granularity, QuantSpec
 Array = np.ndarray[Any, Any]
 
 OPSET_OF_16_BITS = 21
+OPSET_OF_BLOCKS = 21
 
 
 @dataclass(frozen=True, eq=False)
 class StoredCodes:
-    """A quantized constant: codes, scale and zero point (of the codes' dtype), and the axis of the latter two."""
+    """A quantized constant: codes, scale and zero point (of the codes' dtype), and what axis and block those belong to.
+
+    In blocks, scale and zero point have the codes' rank.
+    """
 
     codes: Array
     scale: Array
     zero_point: Array
     axis: int | None
+    block: int | None = None
+
+    def transposed(self, order: tuple[int, ...]) -> StoredCodes:
+        """The same constant with its axes in another order."""
+        if list(order) == sorted(order):
+            return self
+        codes = np.ascontiguousarray(self.codes.transpose(order))
+        axis = None if self.axis is None else order.index(self.axis)
+        if self.block is None:
+            return replace(self, codes=codes, axis=axis)
+        scale, zero_point = (np.ascontiguousarray(part.transpose(order)) for part in (self.scale, self.zero_point))
+        return StoredCodes(codes, scale, zero_point, axis, self.block)
 
 
 class Encodings:
@@ -90,14 +106,13 @@ class Encodings:
                 remedy="Capture the model in float32 (model.float()).",
             )
         spec = encoding.spec
-        axis = spec.granularity.axis if encoding.scale.ndim else None
+        axis, block = (spec.granularity.axis, spec.granularity.block) if encoding.scale.ndim else (None, None)
         grid = [along_axis(part, spec.granularity, tensor.ndim) for part in (encoding.scale, encoding.zero_point)]
         codes = quantize(tensor, grid[0], grid[1], spec.qmin, spec.qmax).numpy()
         dtype = storage_dtype(node, spec, self._opset)
         zero_point = encoding.zero_point.numpy().astype(dtype)
-        return StoredCodes(
-            codes.astype(dtype), encoding.scale.numpy(), zero_point, None if axis is None else axis % tensor.ndim
-        )
+        axis = None if axis is None else axis % tensor.ndim
+        return StoredCodes(codes.astype(dtype), encoding.scale.numpy(), zero_point, axis, block)
 
     def _encode(self, node: fx.Node, module: FakeQuant) -> Encoding:
         source = node.args[0]
@@ -118,10 +133,18 @@ class Encodings:
 
 
 def storage_dtype(node: fx.Node, spec: QuantSpec, opset: int) -> np.dtype[Any]:
-    """The dtype that codes of `spec` are stored in: the narrowest of 8, 16 and 32 bits that holds them."""
-    if spec.granularity.block is not None:
-        reason, remedy = "block-wise quantization is not written yet", "Use per-tensor or per-channel granularity."
-        raise ExportError(f"export: node '{node.name}'", place=describe(node), got=reason, remedy=remedy)
+    """The dtype that codes of `spec` are stored in: the narrowest of 8, 16 and 32 bits that holds them.
+
+    Raises ExportError where `opset` cannot say the grid.
+    """
+    if spec.granularity.block is not None and opset < OPSET_OF_BLOCKS:
+        raise ExportError(
+            f"export: node '{node.name}' quantizes in blocks of {spec.granularity.block}",
+            place=describe(node),
+            expected=f"opset {OPSET_OF_BLOCKS} or later, the first whose DequantizeLinear has block_size",
+            got=f"opset {opset}",
+            remedy=f"Export with opset={OPSET_OF_BLOCKS}, or quantize per tensor or per channel.",
+        )
     if 8 < spec.bits <= 16 and opset < OPSET_OF_16_BITS:
         raise ExportError(
             f"export: node '{node.name}' quantizes to {spec.bits} bits",

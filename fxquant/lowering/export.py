@@ -46,11 +46,15 @@ def export_onnx(
             that would change results (fxquant.lowering.guards), or a file that cannot be written. The old file is then
             unchanged.
     """
-    file = Path(path)
     model = lower(program, opset, table)
     check_model(model)
     if check is not None:
         check(model)
+    return save_model(model, Path(path), external_data)
+
+
+def save_model(model: ir.Model, file: Path, external_data: bool | None = None) -> Path:
+    """Write a model whole or not at all; its folder is made. ExportError if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:

@@ -122,10 +122,14 @@ def per_channel_operand(node: fx.Node, scene: Scene) -> Finding | None:
             continue
         if scene.encodings.is_constant_quantizer(quantizer) and scene.encodings.encoding(quantizer).scale.ndim:
             return Finding(
-                f"its operand '{source.name}' is a constant with a scale for each channel",
+                f"its operand '{source.name}' is a constant with a scale for each {_part(quantizer, scene)}",
                 "Quantize that operand per tensor, or quantize what is computed from it (pass 'fold-constants').",
             )
     return None
+
+
+def _part(quantizer: fx.Node, scene: Scene) -> str:
+    return "channel" if scene.encodings.encoding(quantizer).spec.granularity.block is None else "block"
 
 
 def signed_activation(node: fx.Node, scene: Scene) -> Finding | None:
@@ -190,7 +194,10 @@ class _IntegerLayer:
 
 
 def _integer_layer(node: fx.Node, scene: Scene) -> _IntegerLayer | None:
-    """`node` as a layer with quantized input and constant weight (perhaps transposed) of at most 8 bits; else None."""
+    """`node` as a layer with quantized input and constant weight (perhaps transposed) of at most 8 bits; else None.
+
+    A weight in blocks makes none.
+    """
     layer = scene.layer(node)
     if layer is None or layer.role is not Role.WEIGHTED:
         return None
@@ -198,7 +205,8 @@ def _integer_layer(node: fx.Node, scene: Scene) -> _IntegerLayer | None:
     if x is None or weight is None or not scene.encodings.is_constant_quantizer(weight):
         return None
     found = _IntegerLayer(layer, scene.encodings.encoding(x), scene.encodings.encoding(weight))
-    return found if max(found.x.spec.bits, found.weight.spec.bits) <= KERNEL_BITS else None
+    is_in_blocks = found.weight.spec.granularity.block is not None  # it is kept in float (barriers)
+    return found if max(found.x.spec.bits, found.weight.spec.bits) <= KERNEL_BITS and not is_in_blocks else None
 
 
 def _span(encoding: Encoding) -> tuple[int, int]:

@@ -40,11 +40,17 @@ def lower(program: Program, opset: int = 21, table: OpTable = TABLE) -> ir.Model
     Raises:
         ExportError: a value has no range, the opset lacks something, or a node cannot be written.
     """
-    _check_opset(opset)
+    check_opset(opset)
     check_ranges(program)
     writer = GraphWriter(program, opset, table)
     if writer.is_guarded:
         run_guards(writer.scene)
+    return write_model(writer, table, _metadata(program))
+
+
+def write_model(writer: GraphWriter, table: OpTable, metadata: dict[str, str]) -> ir.Model:
+    """The model that `writer` makes of its program: inputs, nodes in graph order, outputs."""
+    program = writer.program
     leaves = output_leaves(program, reserved={node.name for node in input_nodes(program)})
     writer.reserve(leaf.name for leaf in leaves)
     for node in input_nodes(program):
@@ -53,7 +59,7 @@ def lower(program: Program, opset: int = 21, table: OpTable = TABLE) -> ir.Model
         if node.op in ("call_function", "call_module") and not writer.is_constant(node) and not _is_state_update(node):
             _emit(node, writer, table)
     outputs = [writer.add_output(leaf.value, leaf.name) for leaf in leaves]
-    return _model(writer, outputs, program)
+    return _model(writer, outputs, metadata)
 
 
 def check_ranges(program: Program) -> None:
@@ -76,7 +82,8 @@ def check_ranges(program: Program) -> None:
     )
 
 
-def _check_opset(opset: int) -> None:
+def check_opset(opset: int) -> None:
+    """Refuse an opset that nothing is written at."""
     last = onnx.defs.onnx_opset_version()
     if not FIRST_OPSET <= opset <= last:
         expected = f"an opset from {FIRST_OPSET} to {last} (onnx {onnx.__version__})"
@@ -130,14 +137,14 @@ def _getitem(node: fx.Node, writer: Any) -> Emitted:
     return found[index]
 
 
-def _model(writer: GraphWriter, outputs: list[ir.Value], program: Program) -> ir.Model:
+def _model(writer: GraphWriter, outputs: list[ir.Value], metadata: dict[str, str]) -> ir.Model:
     graph = ir.Graph(
         writer.inputs,
         outputs,
         nodes=writer.nodes,
         initializers=list(writer.initializers.values()),
         opset_imports=writer.opset_imports,
-        name=program.name,
+        name=writer.program.name,
     )
     ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_operatorsetid("", writer.opset)])
     model = ir.Model(
@@ -146,7 +153,7 @@ def _model(writer: GraphWriter, outputs: list[ir.Value], program: Program) -> ir
         producer_name=PRODUCER,
         producer_version=version("fxquant"),
         functions=writer.functions,
-        metadata_props=_metadata(program),
+        metadata_props=metadata,
     )
     common.RemoveUnusedNodesPass()(model)
     _infer_helpers(model)

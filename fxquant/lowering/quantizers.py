@@ -1,7 +1,8 @@
 """FakeQuant nodes in ONNX.
 
     activation v    QuantizeLinear -> [Clip] -> DequantizeLinear      the latter reads `v.codes`, and writes `v_fq`
-    weight w        initializer `w.codes` -> DequantizeLinear         INT8/UINT8 up to 8 bits, INT16/UINT16 up to 16
+    weight w        initializer `w.codes` -> DequantizeLinear         INT8/UINT8 up to 8 bits, INT16/UINT16 up to 16;
+                                                                      per tensor, channel (axis) or block (block_size)
     bias b          initializer `b.codes` (INT32) -> DequantizeLinear, scale f(sx * sw)
 
 The Clip is there for grids narrower than their dtype; on codes, because that is the one onnxruntime fuses across. Grids
@@ -42,6 +43,8 @@ def emit_quantizer(node: fx.Node, writer: GraphWriter) -> Emitted:
 def _emit_activation(node: fx.Node, source: fx.Node, writer: GraphWriter) -> ir.Value:
     encoding = writer.encodings.encoding(node)
     dtype = storage_dtype(node, encoding.spec, writer.opset)
+    if encoding.spec.granularity.block is not None:
+        raise writer.refuse(node, "an activation is quantized in blocks", "Quantize activations per tensor.")
     axis = None
     if encoding.scale.ndim:
         assert encoding.spec.granularity.axis is not None

@@ -125,8 +125,8 @@ class GraphWriter:
         """The value of a weight argument, transposed by `perm` if given.
 
         Where the argument is a constant (a parameter, what is computed from parameters alone, or such behind a
-        FakeQuant) the transposition is done in the initializer and the DequantizeLinear's axis follows; otherwise a
-        Transpose is appended.
+        FakeQuant) the transposition is done in the initializer, and the DequantizeLinear's axis and blocks follow;
+        otherwise a Transpose is appended.
         """
         order = None if perm is None or list(perm) == sorted(perm) else tuple(perm)
         if not self.is_constant(node):
@@ -218,6 +218,11 @@ class GraphWriter:
         """Whether the file is for onnxruntime, whose silent rewrites must be refused or prevented."""
         return self.program.target is Target.ONNXRUNTIME_X64
 
+    @property
+    def flattens_linear(self) -> bool:
+        """Whether linear layers on more than two axes are written as Reshape, Gemm, Reshape."""
+        return self.program.target.flattens_linear
+
     def barrier(self, value: ir.Value, name: str) -> ir.Value:
         """`value` behind a barrier (fxquant.lowering.barriers)."""
         result = self.place("Max", [value], f"{name}.barrier")
@@ -277,19 +282,16 @@ class GraphWriter:
             return self.weight(source, order)
         tensor = self.constants.tensor(node)
         if order is None:
-            return self.initializer(node.name, _snapshot(tensor))
-        return self.initializer(f"{node.name}.transposed", _snapshot(tensor.permute(order)))
+            return self.initializer(node.name, snapshot(tensor))
+        return self.initializer(f"{node.name}.transposed", snapshot(tensor.permute(order)))
 
     def _write_codes(self, node: fx.Node, stored: StoredCodes, order: tuple[int, ...] | None) -> ir.Value:
-        codes, axis = stored.codes, stored.axis
-        if order is not None:
-            codes = np.ascontiguousarray(codes.transpose(order))
-            axis = None if axis is None else order.index(axis)
+        written = stored if order is None else stored.transposed(order)
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        value = self.initializer(f"{source.name}.codes", ir.tensor(codes))
-        grid = [value, self.constant(stored.scale), self.constant(stored.zero_point)]
-        return self.place("DequantizeLinear", grid, node.name, axis=axis)
+        value = self.initializer(f"{source.name}.codes", ir.tensor(written.codes))
+        grid = [value, self.constant(written.scale), self.constant(written.zero_point)]
+        return self.place("DequantizeLinear", grid, node.name, axis=written.axis, block_size=written.block)
 
     def _name(self, node: fx.Node, result: Emitted) -> tuple[ir.Value, ...]:
         values = tuple(result) if isinstance(result, (tuple, list)) else (result,)
@@ -358,7 +360,7 @@ def ir_dtype(dtype: torch.dtype) -> ir.DataType:
     return ir.tensor_adapters.from_torch_dtype(dtype)
 
 
-def _snapshot(tensor: torch.Tensor) -> ir.TensorProtocol:
+def snapshot(tensor: torch.Tensor) -> ir.TensorProtocol:
     """A copy, so that training on does not change a model that was lowered before."""
     return ir.tensor(tensor.clone(memory_format=torch.contiguous_format))
 

@@ -15,23 +15,23 @@ from typing import Any
 import torch
 
 from fxquant.numerics.rounding import along_axis
-from fxquant.spec import Granularity
+from fxquant.spec import PER_TENSOR, Granularity
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The grid of one tensor: `scale` (float32) and `zero_point` (int64), of shape () or (channels,), and its codes.
+    """The grid of one tensor: `scale` (float32) and `zero_point` (int64), of an encoding's shape, and its codes.
 
     Arguments:
         qmin, qmax: lowest and highest code.
-        axis: the channels' axis; None per tensor.
+        granularity: what scale and zero point belong to.
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor
     qmin: int
     qmax: int
-    axis: int | None = None
+    granularity: Granularity = PER_TENSOR
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
@@ -56,15 +56,14 @@ class Grid:
 
     def same_as(self, other: Grid) -> bool:
         """Whether both map the same codes to the same real numbers."""
-        if (self.qmin, self.qmax, self.axis) != (other.qmin, other.qmax, other.axis):
+        if (self.qmin, self.qmax, self.granularity) != (other.qmin, other.qmax, other.granularity):
             return False
         pairs = ((self.scale, other.scale), (self.zero_point, other.zero_point))
         return all(one is two or torch.equal(one, two) for one, two in pairs)
 
     def for_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, shaped to broadcast against a tensor of `rank` dimensions."""
-        granularity = Granularity(self.axis)
-        return along_axis(self.scale, granularity, rank), along_axis(self.zero_point, granularity, rank)
+        return along_axis(self.scale, self.granularity, rank), along_axis(self.zero_point, self.granularity, rank)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ from fxquant.numerics.codes import Grid
 from fxquant.numerics.estimators import make_estimator
 from fxquant.numerics.grids import grid_for_range
 from fxquant.numerics.rounding import along_axis, dequantize, fake_quantize, quantize
-from fxquant.spec import BIAS_SPEC, Encoding, Granularity, QuantSpec
+from fxquant.spec import BIAS_SPEC, PER_TENSOR, Encoding, Granularity, QuantSpec
 
 # Beyond 2^23 a bias code leaves no room in the accumulator's exact float32 range for the products it is added to.
 LARGEST_BIAS_CODE = 2**23
@@ -22,6 +22,7 @@ class Mode(Enum):
     """What a FakeQuant does to the tensor that it is given."""
 
     OBSERVE = "observe"  # pass it on, and estimate its range
+    OBSERVE_FAKE = "observe-fake"  # estimate its range, and quantize it on the range seen so far
     FAKE = "fake"  # quantize and dequantize; a weight's grid follows the weight
     FROZEN = "frozen"  # quantize and dequantize on a grid that no longer moves
     OFF = "off"  # pass it on
@@ -30,11 +31,11 @@ class Mode(Enum):
 class FakeQuant(nn.Module):
     """Fake quantization of one value.
 
-    Buffers: `scale` (float32; NaN before calibration) and `zero_point` (int64), of shape () or (channels,).
+    Buffers: `scale` (float32; NaN before calibration) and `zero_point` (int64), of the encoding's shape.
 
     Arguments:
         spec: what to do.
-        channels: size of the spec's axis; None per tensor.
+        shape: the encoding's shape, spec.granularity.encoding_shape(tensor's shape).
         follows: whether the grid follows the tensor at every forward (weights) or is calibrated (activations).
     """
 
@@ -42,13 +43,12 @@ class FakeQuant(nn.Module):
     zero_point: torch.Tensor
     scale_floor: torch.Tensor
 
-    def __init__(self, spec: QuantSpec, channels: int | None = None, *, follows: bool = False) -> None:
+    def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), *, follows: bool = False) -> None:
         super().__init__()
         self.spec = spec
         self.follows = follows
         self.mode = Mode.OBSERVE
-        self.estimator = make_estimator(spec.estimator, spec.granularity, channels)
-        shape = () if channels is None else (channels,)
+        self.estimator = make_estimator(spec, shape)
         self.register_buffer("scale", torch.full(shape, float("nan")))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("scale_floor", torch.zeros(shape))  # raised where a bias would overflow
@@ -84,7 +84,7 @@ class FakeQuant(nn.Module):
             raise CalibrationError(
                 "FakeQuant has no range", remedy="Run calibration batches through the program first."
             )
-        self.set_range(self.estimator.low, self.estimator.high) if self.spec.fixed is None else self._set_fixed()
+        self.set_range(*self.estimator.range()) if self.spec.fixed is None else self._set_fixed()
 
     def _set_fixed(self) -> None:
         assert self.spec.fixed is not None
@@ -93,9 +93,11 @@ class FakeQuant(nn.Module):
 
     def follow(self, x: torch.Tensor) -> None:
         """Recompute the grid from the tensor itself."""
-        self.estimator.reset()
-        self.estimator.observe(x)
-        self.compute_encoding()
+        low, high = self.estimator.range_of(x)
+        if self.spec.fixed is None and self.estimator.has_range:
+            self.set_range(low, high)
+        else:
+            self.compute_encoding()
 
     def refresh(self, x: torch.Tensor) -> None:
         """Bring a grid that follows its tensor up to date with it."""
@@ -105,20 +107,30 @@ class FakeQuant(nn.Module):
     @property
     def grid(self) -> Grid:
         """The grid as it is now: the buffers themselves."""
-        axis = self.spec.granularity.axis if self.scale.ndim else None
-        return Grid(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, axis)
+        granularity = self.spec.granularity if self.scale.ndim else PER_TENSOR
+        return Grid(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, granularity)
 
     def forward(self, x: torch.Tensor, observe: bool = True) -> torch.Tensor:
         """Observe or quantize `x`, by mode; `observe=False` where another node owns the range."""
         if self.mode is Mode.OFF:
             return x
-        if self.mode is Mode.OBSERVE:
+        if self.mode is Mode.OBSERVE_FAKE and self.follows:
+            return self._fake_within(*self.estimator.range_of(x), x)
+        if self.mode in (Mode.OBSERVE, Mode.OBSERVE_FAKE):
             if observe:
                 self.estimator.observe(x)
-            return x
+            fakes = observe and self.mode is Mode.OBSERVE_FAKE
+            return self._fake_within(self.estimator.low, self.estimator.high, x) if fakes else x
         self.refresh(x)
         scale, zero_point = self.grid_for(x.ndim)
         return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+
+    def _fake_within(self, low: torch.Tensor, high: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """`x` quantized within a range of the moment, the grid left as it is; `x` itself if the range is not finite."""
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            return x
+        grid = [along_axis(part, self.spec.granularity, x.ndim) for part in grid_for_range(low, high, self.spec)]
+        return fake_quantize(x, grid[0], grid[1], self.spec.qmin, self.spec.qmax)
 
     def grid_for(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point, shaped to broadcast against a tensor of `rank` dimensions."""
@@ -180,7 +192,7 @@ class BiasFakeQuant(nn.Module):
         """The grid as it is now, where the parameters are."""
         scale = self.scale
         zero_point = torch.zeros_like(scale, dtype=torch.int64)
-        return Grid(scale, zero_point, BIAS_SPEC.qmin, BIAS_SPEC.qmax, 0 if scale.ndim else None)
+        return Grid(scale, zero_point, BIAS_SPEC.qmin, BIAS_SPEC.qmax, Granularity(0) if scale.ndim else PER_TENSOR)
 
     def codes(self, bias: torch.Tensor) -> torch.Tensor:
         """Integer codes (int32) of a bias of shape (channels,)."""
@@ -195,7 +207,7 @@ class BiasFakeQuant(nn.Module):
 
     def forward(self, bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Quantize the bias once both grids are in use; `x` and `weight` only name the sources."""
-        if any(source.mode in (Mode.OFF, Mode.OBSERVE) for source in self.sources):
+        if any(source.mode in (Mode.OFF, Mode.OBSERVE, Mode.OBSERVE_FAKE) for source in self.sources):
             return bias
         zero = torch.zeros_like(self.scale, dtype=torch.int64)
         return fake_quantize(bias, self.scale, zero, BIAS_SPEC.qmin, BIAS_SPEC.qmax)

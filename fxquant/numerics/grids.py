@@ -23,7 +23,7 @@ _MOST_ULPS = 4
 def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale (float32) and zero point (int64), of the shape of `low` and `high`, for a spec of up to 16 bits."""
     low64, high64 = _within_limits(low.double(), high.double(), spec)
-    zero_point = fixed_zero_point(spec)
+    zero_point = spec.fixed_zero_point
     if zero_point is None:
         scale = _positive((high64 - low64) / spec.steps, CONSTANT_ZERO_SCALE)
         return _within_clip(scale, low64, spec)
@@ -40,15 +40,6 @@ def clip_codes(low: float, high: float, scale: torch.Tensor, zero_point: torch.T
     Where they are qmin or less and qmax or more, the clip is redundant: rint(f(bound / s)) + z, f() being float32.
     """
     return [torch.round(scale.new_tensor(bound) / scale) + zero_point for bound in (low, high)]
-
-
-def fixed_zero_point(spec: QuantSpec) -> int | None:
-    """The zero point that a spec prescribes: its limit's, 0 or the middle of the grid if symmetric, else None."""
-    if spec.limits.zero_point is not None:
-        return spec.limits.zero_point
-    if not spec.symmetric:
-        return None
-    return 0 if spec.signed else (spec.qmax + 1) // 2
 
 
 def _within_limits(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,9 +18,11 @@ from fxquant.spec import Granularity
 
 
 def along_axis(values: torch.Tensor, granularity: Granularity, rank: int) -> torch.Tensor:
-    """View `values`, of shape () or (channels,), so that it broadcasts against a tensor of `rank` dimensions."""
+    """`values`, of an encoding's shape, as they broadcast against a tensor of `rank` dimensions; blocks are copied."""
     if granularity.axis is None or values.ndim == 0:
         return values
+    if granularity.block is not None:
+        return values.repeat_interleave(granularity.block, dim=granularity.axis)
     shape = [1] * rank
     shape[granularity.axis % rank] = -1
     return values.view(shape)

@@ -83,7 +83,9 @@ def clip_role(node: fx.Node) -> Role:
 
 
 def activation_bounds(node: fx.Node) -> tuple[float, float] | None:
-    """Lowest and highest output of a relu or clip, or None if they are not constants."""
+    """Lowest and highest output of a relu or clip, None if not constants; a live batch norm cuts nothing."""
+    if node.op == "call_module":
+        return float("-inf"), float("inf")
     if node.target in (aten.relu.default, aten.relu6.default):
         return 0.0, float("inf") if node.target is aten.relu.default else 6.0
     low: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", node.kwargs.get("min_val"))

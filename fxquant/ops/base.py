@@ -51,6 +51,10 @@ class Writer(Protocol):
 
     opset: int
 
+    @property
+    def flattens_linear(self) -> bool:
+        """Whether linear layers on more than two axes are to be Reshape, Gemm, Reshape (Target.flattens_linear)."""
+
     def value(self, node: fx.Node) -> ir.Value:
         """The ONNX value of a node's single output."""
 

@@ -29,7 +29,7 @@ _AGREE = """
 _MOVE = """
     concat stack pad constant_pad reflection_pad replication_pad copy_into scatter slice_scatter select_scatter
     embedding any all zeros empty ones full zeros_like ones_like full_like eye eye_of_two_sizes scalar_tensor
-    upper_triangle lower_triangle upper_triangle_indices lower_triangle_indices
+    upper_triangle lower_triangle upper_triangle_indices lower_triangle_indices live_batch_norm
 """
 _ARE_POINTWISE = """
     sqrt exp tan sinh cosh asinh acosh atanh erf sigmoid tanh silu hardswish hardsigmoid gelu softshrink

@@ -3,7 +3,8 @@
 linear(x, w, b) = x w^T + b with w: [out, in] is a Gemm with transB = 1 on rank 2: the weight keeps its layout and its
 channel axis 0. On a higher rank it is Reshape, Gemm, Reshape: onnxruntime takes the codes through the Reshapes and
 runs QGemm with the int32 bias, where MatMul and Add fuse only if every size is known (1.31: with a symbolic batch they
-become MatMulIntegerToFloat and a float Add). Without a bias it is MatMul with w^T stored (QLinearMatMul).
+become MatMulIntegerToFloat and a float Add). Without a bias, or for a target that fuses MatMul and Add, it is MatMul
+with w^T stored (QLinearMatMul).
 
 A product with a rank-2 parameter on the right counts as a layer with a weight: x w with w: [in, out], channel axis 1.
 """
@@ -69,7 +70,7 @@ def _emit_linear(node: fx.Node, writer: Writer) -> ir.Value:
     weight, bias = argument(node, "weight"), argument(node, "bias")
     rank, weight_rank = len(writer.shape(node)), len(writer.shape(weight))
     x = writer.operand(node.args[0])
-    if weight_rank == 2 and (rank == 2 or (rank > 2 and bias is not None)):
+    if weight_rank == 2 and (rank == 2 or (rank > 2 and bias is not None and writer.flattens_linear)):
         return _gemm(node, x, writer)
     perm = (1, 0) if weight_rank == 2 else None  # a weight of rank 1: x . w
     value: ir.Value = writer.op("MatMul", [x, writer.weight(weight, perm)])

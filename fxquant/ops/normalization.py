@@ -18,6 +18,7 @@ import onnx_ir as ir
 import torch
 from torch import fx, nn
 
+from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.ops._arguments import bind
 from fxquant.ops._emit import (
     argument,
@@ -166,6 +167,11 @@ def _emit_identity(node: fx.Node, writer: Writer) -> ir.Value:
     return value
 
 
+def _emit_input(node: fx.Node, writer: Writer) -> ir.Value:
+    """A live batch norm outside training: nothing, the layer in front of it does it."""
+    return writer.value(_input(node))
+
+
 def _float(name: str, target: Any, emit: Any, *onnx_types: str) -> OpDef:
     targets = target if isinstance(target, tuple) else (target,)
     return OpDef(name=name, targets=targets, role=Role.FLOAT, emit=emit, onnx_types=onnx_types)
@@ -181,6 +187,12 @@ NORMALIZATION: tuple[OpDef, ...] = (
     _float("instance_norm", aten.instance_norm.default, _emit_instance_norm, "InstanceNormalization"),
     _float("rms_norm", aten.rms_norm.default, _emit_rms_norm, "RMSNormalization"),
     _float("vector_norm", aten.linalg_vector_norm.default, _emit_vector_norm, "ReduceL1", "ReduceL2"),
+    OpDef(
+        name="live_batch_norm",
+        targets=(LiveBatchNorm,),
+        role=Role.ACTIVATION,
+        emit=_emit_input,
+    ),
     OpDef(
         name="dropout",
         targets=(nn.modules.dropout._DropoutNd,),

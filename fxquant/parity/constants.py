@@ -103,15 +103,16 @@ class _Comparison:
         encoding = self._encodings.encoding(node)
         source = node.args[0]
         assert isinstance(source, fx.Node)
+        rank = len(source.meta["type"].shape)
         axis = encoding.spec.granularity.axis if encoding.scale.ndim else None
-        axis = axis if axis is None else axis % len(source.meta["type"].shape)
+        axis = axis if axis is None else axis % rank
         zero_point = encoding.zero_point.numpy().astype(storage_dtype(node, encoding.spec, self._file.opset))
         expected = StoredCodes(zero_point, encoding.scale.numpy(), zero_point, axis)
         if quantizer.quantize is None:
             yield _Found(quantizer.codes, "missing", 1, 1, 0.0, "no QuantizeLinear computes these codes")
         grids = {quantizer.dequantize} | ({quantizer.quantize} if quantizer.quantize else set())
         for grid in sorted(grids, key=str):
-            yield from self._grid(grid, expected, range(axis + 1 if axis is not None else 0))
+            yield from self._grid(grid, expected, rank)
 
     def _constant(self, quantizer: FileQuantizer, expected: StoredCodes) -> Iterator[_Found]:
         stored = self._file.constant(quantizer.codes)
@@ -129,10 +130,11 @@ class _Comparison:
     def _ordered(
         self, quantizer: FileQuantizer, expected: StoredCodes, stored: Array, order: tuple[int, ...]
     ) -> Iterator[_Found]:
-        yield from _steps(quantizer.codes, "codes", expected.codes.transpose(order), stored)
-        yield from self._grid(quantizer.dequantize, expected, order)
+        written = expected.transposed(order)
+        yield from _steps(quantizer.codes, "codes", written.codes, stored)
+        yield from self._grid(quantizer.dequantize, written, stored.ndim)
 
-    def _grid(self, grid: GridNames, expected: StoredCodes, order: tuple[int, ...] | range) -> Iterator[_Found]:
+    def _grid(self, grid: GridNames, expected: StoredCodes, rank: int) -> Iterator[_Found]:
         scale = self._file.constant(grid.scale)
         zero_point = self._file.constant(grid.zero_point) if grid.zero_point else np.zeros_like(expected.zero_point)
         for name, found in ((grid.scale, scale), (grid.zero_point, zero_point)):
@@ -146,10 +148,15 @@ class _Comparison:
             )
         if expected.axis is None or scale is None or scale.size < 2:
             return
-        axis = order.index(expected.axis)
-        if grid.axis % len(order) != axis:
-            # Every channel reads another channel's grid.
-            yield _Found(grid.scale, "axis", scale.size, scale.size, 0.0, f"axis {grid.axis}, the program has {axis}")
+        stored, wanted = (grid.axis % rank, grid.block), (expected.axis, expected.block or 0)
+        if stored != wanted:
+            # Every channel or block reads another one's grid.
+            detail = f"{_along(*stored)}, the program has {_along(*wanted)}"
+            yield _Found(grid.scale, "axis", scale.size, scale.size, 0.0, detail)
+
+
+def _along(axis: int, block: int) -> str:
+    return f"axis {axis}" + (f" in blocks of {block}" if block else "")
 
 
 def _orders(expected: Array, stored: Array) -> list[tuple[int, ...]]:
@@ -181,6 +188,10 @@ def _steps(tensor: str, what: str, expected: Array, stored: Array) -> Iterator[_
 
 
 def _scales(tensor: str, expected: Array, stored: Array) -> Iterator[_Found]:
+    if stored.ndim > 1 and stored.shape != expected.shape:
+        detail = f"shape {list(stored.shape)}, the program has {list(expected.shape)}"
+        yield _Found(tensor, "scale", stored.size, stored.size, 0.0, detail)
+        return
     flat, program = stored.ravel(), expected.ravel()
     if flat.shape != program.shape:
         yield _Found(tensor, "scale", flat.size, flat.size, 0.0, f"{flat.size} scales, the program has {program.size}")

@@ -21,11 +21,15 @@ _DEFAULT_AXIS = 1  # of QuantizeLinear and DequantizeLinear (ONNX operator speci
 
 @dataclass(frozen=True)
 class GridNames:
-    """Names of the tensors that hold a grid, and its axis; `zero_point` is "" where it is left out (zeros)."""
+    """Names of the tensors that hold a grid, its axis, and its block along that axis (0: none).
+
+    `zero_point` is "" where it is left out (zeros).
+    """
 
     scale: str
     zero_point: str
     axis: int
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -225,4 +229,5 @@ def _reads(node: onnx.NodeProto) -> list[str]:
 
 
 def _grid_names(node: onnx.NodeProto) -> GridNames:
-    return GridNames(node.input[1], input_name(node, 2), int(attribute(node, "axis", _DEFAULT_AXIS)))
+    axis, block = int(attribute(node, "axis", _DEFAULT_AXIS)), int(attribute(node, "block_size", 0))
+    return GridNames(node.input[1], input_name(node, 2), axis, block)

@@ -41,7 +41,11 @@ def why_float(file: OnnxFile, node: onnx.NodeProto, options: RuntimeOptions) -> 
     if node.op_type not in _FUSES or (node.op_type == "Resize" and attribute(node, "mode", b"nearest") != b"nearest"):
         return f"onnxruntime has no integer kernel for {_spelled(node)}"
     found = (
-        _why_inputs(file, node) or _why_dtype(file, node, options) or _why_output(file, node) or _why_type(file, node)
+        _why_blocks(file, node)
+        or _why_inputs(file, node)
+        or _why_dtype(file, node, options)
+        or _why_output(file, node)
+        or _why_type(file, node)
     )
     return found or "no known reason"
 
@@ -63,6 +67,15 @@ def _data_inputs(node: onnx.NodeProto) -> list[str]:
 def _dequantizer(file: OnnxFile, tensor: str) -> onnx.NodeProto | None:
     producer = file.producer(tensor)
     return producer if producer is not None and producer.op_type == "DequantizeLinear" else None
+
+
+def _why_blocks(file: OnnxFile, node: onnx.NodeProto) -> str:
+    """Why a layer cannot run on integers whose weight has a scale for each block, behind a barrier or not."""
+    weight = file.producer(input_name(node, 1)) if node.op_type in _LAYERS else None
+    if weight is not None and weight.op_type == "Max":
+        weight = file.producer(weight.input[0])
+    block = 0 if weight is None or weight.op_type != "DequantizeLinear" else attribute(weight, "block_size", 0)
+    return f"its weight is quantized in blocks of {block}, which no integer kernel takes" if block else ""
 
 
 def _why_inputs(file: OnnxFile, node: onnx.NodeProto) -> str:

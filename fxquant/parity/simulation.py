@@ -20,6 +20,7 @@ from fxquant.simulation.exact import ExactArithmetic
 from fxquant.simulation.executor import Arithmetic, Executor, real_of
 from fxquant.simulation.integer import IntegerArithmetic
 from fxquant.simulation.islands import DEFAULT_OPSET
+from fxquant.spec import PER_TENSOR
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +116,8 @@ class CodeSimulation:
     def _codes(program: Program, name: str, codes: RuntimeCodes) -> Codes:
         module = program.fake_quant(program.node(name))
         assert module is not None
-        axis = module.spec.granularity.axis if codes.scale.ndim else None
-        grid = Grid(codes.scale, codes.zero_point.to(torch.int64), module.spec.qmin, module.spec.qmax, axis)
+        granularity = module.spec.granularity if codes.scale.ndim else PER_TENSOR
+        grid = Grid(codes.scale, codes.zero_point.to(torch.int64), module.spec.qmin, module.spec.qmax, granularity)
         # Kernels and tables know no other codes: a file that gives some is at fault where it does (grids.outside_grid).
         return codes_from_integers(codes.codes.clamp(grid.qmin, grid.qmax), grid)
 

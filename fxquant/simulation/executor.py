@@ -22,6 +22,7 @@ from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.fake_quant import FakeQuant
+from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.numerics.precision import full_precision
 from fxquant.ops.base import Role
 from fxquant.ops.table import TABLE
@@ -72,6 +73,7 @@ class Executor:
         self._weights = {node: fq for node, fq in program.fake_quant_nodes() if constants.is_constant(source_of(node))}
         self._activations = {node: fq for node, fq in program.fake_quant_nodes() if node not in self._weights}
         self._biases = dict(program.bias_nodes())
+        self._live = [module for module in program.module.modules() if isinstance(module, LiveBatchNorm)]
         self._movers = {node for node in self._nodes if _moves(program, node)}
         self._key: tuple[Any, ...] = ()
         self._plan = Plan({}, {}, frozenset())
@@ -111,7 +113,8 @@ class Executor:
 
     def _refresh(self) -> None:
         """Read the plan again where modes, or grids of activations, are not what they were."""
-        key = (*map(_state, self._activations.values()), *(fq.mode for fq in self._weights.values()))
+        weights = (fq.mode for fq in self._weights.values())
+        key = (*map(_state, self._activations.values()), *weights, *(norm.training for norm in self._live))
         if key == self._key:
             return
         self._refuse_other_precisions()

@@ -7,6 +7,7 @@ from torch import fx
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.ops.base import OpDef, OpTable, Role
 
 
@@ -37,6 +38,12 @@ class Facts:
             if self.role(node) is not Role.GRID_PRESERVING or not node.args or not isinstance(node.args[0], fx.Node):
                 return None
             node = node.args[0]
+
+    def why_live(self, node: fx.Node) -> str:
+        """Why a live batch norm is more than the identity now; "" if it is not."""
+        module = self.program.submodule(node) if node.op == "call_module" else None
+        is_live = isinstance(module, LiveBatchNorm) and module.training
+        return f"{node.name} normalises by its batch in training mode" if is_live else ""
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether a value is a parameter, or computed from parameters alone."""

@@ -145,7 +145,7 @@ class _Reading:
         node, readers = source_of(end), [end]
         activations: list[fx.Node] = []
         while self.facts.role(node) is Role.ACTIVATION:
-            reason = _why_kept(node, module) or _why_shared(node, readers)
+            reason = self.facts.why_live(node) or _why_kept(node, module) or _why_shared(node, readers)
             if reason:
                 return reason
             activations.insert(0, node)
@@ -210,12 +210,15 @@ class _Reading:
             and self.facts.is_constant_quantizer(operand)
         ):
             return self._why_weight(node, module, definition)
+        block = module.spec.granularity.block
         if module.scale.ndim:
-            return f"its input '{operand.name}' has a scale for each channel"
+            return f"its input '{operand.name}' has a scale for each {'block' if block else 'channel'}"
         return f"its input '{operand.name}' has signed codes" if module.spec.signed else ""
 
     def _why_weight(self, node: fx.Node, module: FakeQuant, definition: OpDef) -> str:
-        axis = module.spec.granularity.axis
+        axis, block = module.spec.granularity.axis, module.spec.granularity.block
+        if module.scale.ndim and block is not None:
+            return f"its weight is quantized in blocks of {block}, which no integer kernel takes"
         if not module.scale.ndim or axis is None or definition.channel_axis is None:
             return ""
         kind = value_type(source_of(_weight(node, definition)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -175,6 +176,33 @@ def test_show_prints_a_model_before_and_after_prepare(folder: Path, capsys: pyte
     assert "fold-batch-norm" in printed and "relu_fq = FakeQuant(relu)" in printed
 
 
+def test_show_prints_the_coverage_of_a_saved_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"])
+    capsys.readouterr()
+    assert main(["show", "out/model.fxq", "--coverage", "--json", "coverage.json"]) == 0
+    printed, report = capsys.readouterr().out, json.loads((folder / "coverage.json").read_text())
+    assert printed.startswith("coverage of 'Net' (stage finalized): ") and report["summary"] in printed.splitlines()[0]
+    assert "conv = aten.convolution" not in printed and "s8 strict symmetric per-channel(0)" in printed
+    assert {item["value"] for item in report["values"]} >= {"x", "conv_weight", "relu", "fc"}
+    assert main(["show", "out/model.fxq", "--coverage", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out) == report
+
+
+def test_show_prints_the_coverage_of_a_model_under_a_config(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rule = 'rules = [{ op = "Gemm", quantize = false }]'
+    text = (resources.files("fxquant.configs") / "int8_per_channel.toml").read_text()
+    (folder / "mine.toml").write_text(text.replace('pass = "assign-specs"', f'pass = "assign-specs"\n{rule}'))
+    arguments = ["show", "model.py:make_net", "--data", "images.npy", "--config", "mine.toml", "--coverage"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "not yet" in printed and "float: excluded by rule op 'Gemm' (rules[0])" in printed
+
+
+def test_show_refuses_json_without_coverage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "model.py:make_net", "--data", "images.npy", "--json", "a.json"]) == 2
+    assert "expected --json with --coverage" in capsys.readouterr().err
+
+
 def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,3 +266,11 @@ def test_demo_writes_everything_and_agrees(tmp_path: Path, capsys: pytest.Captur
     assert report["int8_accuracy"] > 0.8 and abs(report["int8_accuracy"] - report["float_accuracy"]) < 0.05
     written = {path.name for path in (tmp_path / "demo").iterdir()}
     assert written == {"model.onnx", "model.fxq", "float.onnx", "graph.svg", "passes", "report.json"}
+
+
+def test_quantize_writes_the_float_model_and_the_encodings_in_the_version_asked_for(folder: Path) -> None:
+    arguments = ["quantize", "model.py:make_net", "--data", "images.npy", "--encodings", "2.0.0", "--out", "all"]
+    assert main(arguments) == 0
+    written = {path.name for path in Path("all").iterdir()}
+    assert written == {"model.onnx", "model.fxq", "model_float.onnx", "model.encodings", "model_state_dict.pth"}
+    assert json.loads(Path("all/model.encodings").read_text())["version"] == "2.0.0"

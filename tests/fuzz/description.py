@@ -19,7 +19,9 @@ from fxquant.errors import FxquantError
 from fxquant.graph.options import decode_dataclass, encode
 from fxquant.graph.passes import Pass
 from fxquant.graph.pipeline import Pipeline
+from fxquant.passes.absorb_activation import AbsorbActivation
 from fxquant.passes.assign_specs import AssignSpecs
+from fxquant.passes.select_per_block import SelectPerBlock
 from fxquant.passes.share_encodings import ShareEncodings
 from tests.fuzz import layers, plain_layers
 from tests.fuzz.layer import Layer, Values, Weights
@@ -55,12 +57,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the net is quantized: a packaged pipeline, with these bits, and grids shared by concatenations or not."""
+    """How the net is quantized: a packaged pipeline, with these bits, and grids shared by concatenations or not.
+
+    `block`: weights that blocks of so many fill are quantized in blocks; 0: none.
+    """
 
     pipeline: str = "int8_per_channel"
     weight_bits: int = 8
     activation_bits: int = 8
     shares_concat: bool = False
+    block: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,9 @@ def pipeline_of(description: Description) -> Pipeline:
 def _pipeline(recipe: Recipe) -> Pipeline:
     packaged = fxquant.load_pipeline(recipe.pipeline)
     prepare = [_with(item, recipe) for item in packaged.prepare_passes]
+    if recipe.block:
+        place = next(index for index, item in enumerate(prepare) if isinstance(item, AbsorbActivation))
+        prepare.insert(place, SelectPerBlock(block=recipe.block))
     return Pipeline(fxquant.PassManager(prepare), packaged.finalize_passes, packaged.target, recipe.pipeline)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +72,15 @@ def assert_random_programs_good() -> None:
 
 def test_random_program_agrees_with_onnxruntime() -> None:
     assert_random_programs_good()
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_random_program_agrees_with_onnxruntime_when_weights_are_in_blocks(block: int) -> None:
+    seen = Seen()
+    for number in range(2 * block, 2 * block + 2):
+        drawn = random_description(4, number)
+        assert_good(replace(drawn, recipe=replace(drawn.recipe, block=block)), seen)
+    seen.assert_telling()
 
 
 def test_programs_that_are_all_refused_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:

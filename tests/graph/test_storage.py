@@ -204,9 +204,9 @@ def test_altered_fingerprint_is_refused(path: Path) -> None:
 
 
 def test_newer_version_is_refused(path: Path) -> None:
-    rewrite_member(path, "manifest.json", lambda data: data.replace(b'"version": 1', b'"version": 99'))
+    rewrite_member(path, "manifest.json", lambda data: data.replace(b'"version": 2', b'"version": 99'))
     with pytest.raises(
-        StorageError, match="expected format version 1; got version 99, written by fxquant .* newer one"
+        StorageError, match="expected format version 2; got version 99, written by fxquant .* newer one"
     ):
         load_program(path)
 

@@ -85,12 +85,10 @@ def insert(program: Program, node: fx.Node, spec: QuantSpec, owner: str | None =
     """Put a FakeQuant behind a node; every reader reads it."""
     kind = value_type(node)
     assert kind is not None
-    axis = spec.granularity.axis
-    channels = None if axis is None else kind.shape[axis]
-    assert channels is None or isinstance(channels, int)
+    shape = spec.granularity.encoding_shape(kind.shape)  # type: ignore[arg-type]  # what has axes has sizes
     path = f"fake_quants.{owner or node.name}"
     if owner is None:
-        program.module.add_submodule(path, FakeQuant(spec, channels, follows=node.op == "get_attr"))
+        program.module.add_submodule(path, FakeQuant(spec, shape, follows=node.op == "get_attr"))
     kwargs: dict[str, Any] = {} if owner is None else {"observe": False}
     users = list(node.users)
     with program.graph.inserting_after(node):
@@ -107,7 +105,8 @@ def _quantize_parameters(program: Program, node: fx.Node, spec: QuantSpec) -> No
     if program.fake_quant(weight) is None:
         weight = insert(program, weight, spec)
     bias = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(bias, fx.Node) or program.fake_quant(x) is None:
+    is_in_blocks = spec.granularity.block is not None
+    if not isinstance(bias, fx.Node) or program.fake_quant(x) is None or is_in_blocks:
         return
     path = f"fake_quants.{bias.name}"
     program.module.add_submodule(path, BiasFakeQuant())

@@ -18,7 +18,7 @@ from fxquant.lowering.export import check_model
 from fxquant.lowering.lower import lower
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.runtime import Level, RuntimeOptions, optimised_graph
-from fxquant.spec import Granularity, QuantSpec, Target
+from fxquant.spec import QuantSpec, Target
 from tests.lowering.programs import (
     RESIDUAL_SHARES,
     RESIDUAL_VALUES,
@@ -394,13 +394,4 @@ def test_half_precision_is_refused_by_name_when_quantized() -> None:
     program.recompile()
     calibrate_on(program, x)
     with pytest.raises(ExportError, match=r"'relu_fq' cannot be written.*torch.float16.*model\.float"):
-        lower(program)
-
-
-def test_block_granularity_is_refused_by_name_when_lowered() -> None:
-    program = residual_program()
-    module = fake_quant_of(program, "conv1_weight")
-    module.mode = Mode.FROZEN
-    module.spec = replace(module.spec, granularity=Granularity(0, 4))
-    with pytest.raises(ExportError, match="conv1_weight_fq.*block-wise"):
         lower(program)

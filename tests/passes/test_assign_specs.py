@@ -16,7 +16,7 @@ from fxquant.graph.program import Program, Stage, input_spec
 from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.passes import AssignSpecs, DecomposeAttention, masks
 from fxquant.placement import Rule
-from fxquant.spec import QuantSpec
+from fxquant.spec import QuantSpec, SpecOverride
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import captured, difference, output
 from tests.passes.pipelines import IMAGE, residual, specs
@@ -106,16 +106,26 @@ def test_rule_leaves_nodes_in_float(rule: Rule, in_float: set[str]) -> None:
 
 
 def test_more_specific_rule_wins() -> None:
-    rules = (Rule(node="conv2", activation=QuantSpec(bits=6)), Rule(op="convolution", activation=QuantSpec(bits=4)))
+    rules = (
+        Rule(node="conv2", activation=SpecOverride(bits=6)),
+        Rule(op="convolution", activation=SpecOverride(bits=4)),
+    )
     program = captured(residual(), IMAGE)
     run_pass(AssignSpecs(rules=rules), program)
     assert specs(program)["conv1"].startswith("u4") and specs(program)["conv2"].startswith("u6")
 
 
-@pytest.mark.parametrize("rule", [Rule(op="Convv"), Rule(node="conv9"), Rule(module="layer.*")])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule(op="Convv", quantize=False),
+        Rule(node="conv9", quantize=False),
+        Rule(module="layer.*", quantize=False),
+    ],
+)
 def test_rule_that_matches_nothing_is_refused(rule: Rule) -> None:
     program = captured(residual(), IMAGE)
-    with pytest.raises(PassError, match="placement rule"):
+    with pytest.raises(PassError, match=r"assign-specs: rules\[0\]: (op|node|module) '"):
         run_pass(AssignSpecs(rules=(rule,)), program)
 
 

@@ -12,7 +12,7 @@ from fxquant.graph.program import Stage
 from fxquant.numerics.fake_quant import Mode
 from fxquant.passes import AssignSpecs, InsertFakeQuant, SelectPerChannel
 from fxquant.placement import Rule
-from fxquant.spec import Granularity, QuantSpec, Target
+from fxquant.spec import Granularity, QuantSpec, SpecOverride, Target
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import captured, difference, output
 from tests.passes.pipelines import IMAGE, before, residual
@@ -64,7 +64,7 @@ def test_value_named_like_an_attribute_of_modules_gets_a_fake_quant() -> None:
 
 def test_tied_weight_wanted_with_two_specs_gets_two_fake_quants() -> None:
     program = captured(Tied(), torch.randn(2, 6))
-    four = QuantSpec(bits=4, signed=True, symmetric=True)
+    four = SpecOverride(bits=4)
     PassManager([AssignSpecs(rules=(Rule(node="second", weight=four),)), SelectPerChannel()]).run(program)
     run_pass(InsertFakeQuant(), program)
     read = {name: program.fake_quant(program.node(name).args[1]) for name in ("first", "second")}  # type: ignore[arg-type]
@@ -73,8 +73,8 @@ def test_tied_weight_wanted_with_two_specs_gets_two_fake_quants() -> None:
 
 def test_activation_wanted_with_two_specs_is_refused_by_name() -> None:
     program = captured(residual(), IMAGE)
-    rules = (Rule(node="conv2", activation=QuantSpec(bits=4)),)
-    PassManager([AssignSpecs(rules=rules)]).run(program)
+    PassManager([AssignSpecs()]).run(program)
+    program.node("conv2").meta["input_specs"][0] = QuantSpec(bits=4)
     with pytest.raises(PassError, match=r"'pool' is wanted with 2 specs.*conv2"):
         run_pass(InsertFakeQuant(), program)
 
@@ -90,7 +90,7 @@ def test_activation_wanted_with_two_specs_gets_two_fake_quants_on_other_targets(
 
     program = captured(Two(), torch.randn(2, 4))
     program.target = Target.TENSORRT
-    PassManager([AssignSpecs(rules=(Rule(node="b", activation=QuantSpec(bits=4)),))]).run(program)
+    PassManager([AssignSpecs(rules=(Rule(node="b", activation=SpecOverride(bits=4)),))]).run(program)
     run_pass(InsertFakeQuant(), program)
     assert program.node("a").args[0] is not program.node("b").args[0]
 

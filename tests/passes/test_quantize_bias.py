@@ -48,19 +48,30 @@ def test_bias_shared_by_two_layers_gets_a_grid_for_each() -> None:
 
 
 class Computed(nn.Module):
-    """A linear layer whose bias is a product of two parameters."""
+    """A linear layer whose bias is a sum of two parameters, or of a parameter and what the input says."""
 
-    def __init__(self) -> None:
+    def __init__(self, reads_input: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.weight, self.reads_input = nn.Parameter(torch.randn(4, 4)), reads_input
         self.a, self.b = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.a + self.b)
+        return nn.functional.linear(x, self.weight, self.a + (x.mean(0) if self.reads_input else self.b))
 
 
-def test_computed_bias_is_declined_with_the_reason() -> None:
-    program = before(QuantizeBias, Computed(), torch.randn(2, 4))
+def test_bias_computed_from_parameters_alone_is_quantized() -> None:
+    x = torch.randn(2, 4)
+    program = before(QuantizeBias, Computed(reads_input=False), x)
+    run_pass(QuantizeBias(), program)
+    calibrate(program, [x])
+    ((node, module),) = program.bias_nodes()
+    assert [arg.name for arg in node.all_input_nodes] == ["add", "x_fq", "weight_fq"]
+    bias = program.module.get_parameter("a") + program.module.get_parameter("b")
+    assert torch.equal(module(bias, x, x), module.codes(bias) * module.scale)
+
+
+def test_bias_computed_from_an_activation_is_declined_with_the_reason() -> None:
+    program = before(QuantizeBias, Computed(reads_input=True), torch.randn(2, 4))
     entry = run_pass(QuantizeBias(), program)
     assert list(program.bias_nodes()) == []
     assert any(reason.endswith("stays in float: it is computed, not a parameter") for reason in reasons(entry))
