@@ -16,7 +16,9 @@ from typing import TypeAlias
 
 import torch
 
+from fxquant.errors import FxquantError
 from fxquant.files import write_text
+from fxquant.spec import parse_estimator
 
 MEASURED_PACKAGES = (
     "fxquant",
@@ -175,6 +177,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
     return value
+
+
+def estimator(text: str) -> str:
+    """A range estimator as QuantSpec.estimator takes it, for argparse."""
+    try:
+        parse_estimator(text)
+    except FxquantError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    return text
 
 
 def cpu_model() -> str:
