@@ -217,6 +217,7 @@ def _follow_weights(program: Program) -> list[str]:
     constants, paths = Constants(program), []
     for node, module in program.fake_quant_nodes():
         if module.follows and module.mode not in _SETTLED:
+            module.scale_floor.zero_()  # what an earlier bias needed counts no more
             module.follow(constants.tensor(_source(node)).to(module.scale.device))
             paths.append(str(node.target))
     return paths

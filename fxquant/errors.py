@@ -84,6 +84,12 @@ class StorageError(FxquantError):
     """A file cannot be written or read."""
 
 
+def clipped(text: str, limit: int = 60) -> str:
+    """What a user's file calls something, for a message: one line, at most `limit` characters."""
+    shown = text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in shown)
+
+
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """A remedy sentence for an unknown name: the nearest match, then all accepted ones."""
     names = sorted(accepted)

@@ -191,6 +191,20 @@ def make_folder(folder: Path, names: Sequence[str] = ()) -> None:
             raise StorageError(f"'{path}' cannot be written", expected="a file", got="a folder", remedy=remedy)
 
 
+@contextlib.contextmanager
+def made_folder(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
+    """`make_folder` for the block; if it or the block raises, the folders that it made and that are empty go again."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        make_folder(folder, names)
+        yield
+    except BaseException:
+        for place in new:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+        raise
+
+
 def remove(path: Path) -> None:
     """Remove a file if it is there and can be."""
     with contextlib.suppress(OSError):

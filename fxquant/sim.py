@@ -14,7 +14,7 @@ from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
 from fxquant.encodings.save import require_version
-from fxquant.files import make_folder, replacement, together, written
+from fxquant.files import made_folder, make_folder, replacement, together, written
 from fxquant.graph.batches import Batch
 from fxquant.graph.manager import PassManager
 from fxquant.graph.module import ProgramModule
@@ -22,6 +22,7 @@ from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import FAKE_QUANTS, Program
 from fxquant.lowering.clean import export_clean
 from fxquant.lowering.export import export_onnx
+from fxquant.lowering.lower import check_opset
 from fxquant.parity import ParityReport, check_parity
 from fxquant.spec import SpecOverride
 
@@ -56,10 +57,17 @@ class QuantSim:
         return self.program.module
 
     def compute_encodings(
-        self, batches: Iterable[Batch], *, max_batches: int | None = None, progress: bool = True
+        self,
+        batches: Iterable[Batch],
+        *,
+        max_batches: int | None = None,
+        through_quantizers: bool = False,
+        progress: bool = True,
     ) -> None:
         """Calibrate on `batches` (fxquant.calibrate)."""
-        calibrate(self.program, batches, max_batches=max_batches, progress=progress)
+        calibrate(
+            self.program, batches, max_batches=max_batches, through_quantizers=through_quantizers, progress=progress
+        )
 
     def freeze_batch_norm(self) -> None:
         """Use running statistics from now on, in training mode too."""
@@ -93,7 +101,7 @@ class QuantSim:
         encodings_version: str = "1.0.0",
     ) -> Path:
         """Write a finalized copy into `folder` (`write_files`); returns the path of the integer ONNX file."""
-        make_folder(Path(folder))
+        check_opset(opset)
         return write_files(self.snapshot(), Path(folder), prefix, opset=opset, encodings_version=encodings_version)
 
     def check_parity(self, path: str | os.PathLike[str], batches: Iterable[Batch]) -> ParityReport:
@@ -114,7 +122,7 @@ def file_names(prefix: str) -> tuple[str, ...]:
 def write_files(
     program: Program, folder: Path, prefix: str = "model", *, opset: int = 21, encodings_version: str = "1.0.0"
 ) -> Path:
-    """Write a finalized program into `folder`, all files or none; returns the path of the first.
+    """Write a finalized program into `folder`; returns the path of the first file.
 
         <prefix>.onnx, <prefix>.fxq    the integer model, and the program that it was lowered from
         <prefix>_float.onnx            the clean float model, for runtimes that import encodings
@@ -122,13 +130,13 @@ def write_files(
         <prefix>_state_dict.pth        parameters and buffers as they are now (folded, trained), by the same names
 
     Raises ConfigError for an unknown version of encodings, ExportError or StorageError; the files that were there
-    before are then as they were.
+    before are then as they were. All are written before the first takes its place, and each does so whole: a process
+    that is killed in between leaves old and new ones side by side (check_parity tells for the first two).
     """
     names = file_names(prefix)
     require_version(encodings_version)
-    make_folder(folder, names)
     onnx_path, program_path, float_path, encodings_path, state_path = (folder / name for name in names)
-    with together():
+    with made_folder(folder, names), together():
         export_onnx(program, onnx_path, opset=opset)
         program.save(program_path)
         export_clean(program, float_path, opset=opset)

@@ -15,6 +15,9 @@ from enum import Enum
 import torch
 
 from fxquant.errors import SpecError, nearest
+from fxquant.limits import NO_LIMITS as NO_LIMITS
+from fxquant.limits import Limits as Limits
+from fxquant.limits import bound_text, check_range
 
 
 class Target(Enum):
@@ -48,6 +51,14 @@ class Target(Enum):
         it copies it in front of the Reshape with output_dtype INT8, then makes its zero point UINT8.
         """
         return self in (Target.ONNXRUNTIME_X64, Target.QNN_HTP)
+
+    @property
+    def fuses_float_ends(self) -> bool:
+        """Whether an integer kernel takes a float bias, and a residual sum and activation behind it, on its sums.
+
+        Others take int32 biases only, and give nothing but codes.
+        """
+        return self in (Target.TENSORRT, Target.OPENVINO)
 
 
 @dataclass(frozen=True)
@@ -88,37 +99,6 @@ class Granularity:
 
 
 PER_TENSOR = Granularity()
-
-
-@dataclass(frozen=True)
-class Limits:
-    """A range [low, high] that an encoding may not exceed, and a zero point that it must have; None leaves it free.
-
-    onnxruntime removes a ReLU6 only if the grid behind it ends at or below 6: `Limits(0.0, 6.0, zero_point=0)`.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    zero_point: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in (("low", self.low), ("high", self.high)):
-            if value is not None and not math.isfinite(value):
-                raise SpecError(f"limit '{name}'", expected="a finite number or none", got=str(value))
-        if self.low is not None and self.high is not None and self.low >= self.high:
-            raise SpecError("limits", expected="low < high", got=f"[{self.low}, {self.high}]")
-
-    def meet(self, other: Limits) -> Limits:
-        """The limits that obey both."""
-        lows = [v for v in (self.low, other.low) if v is not None]
-        highs = [v for v in (self.high, other.high) if v is not None]
-        if None not in (self.zero_point, other.zero_point) and self.zero_point != other.zero_point:
-            raise SpecError("limits", expected=f"zero point {self.zero_point}", got=f"zero point {other.zero_point}")
-        zero_point = self.zero_point if self.zero_point is not None else other.zero_point
-        return Limits(max(lows, default=None), min(highs, default=None), zero_point)
-
-
-NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -196,8 +176,8 @@ class QuantSpec:
             raise SpecError("QuantSpec.bits", expected="2 to 16 (or 32 for a bias)", got=str(self.bits))
         if self.strict and not (self.symmetric and self.signed):
             raise SpecError("QuantSpec.strict", expected="a symmetric signed grid", got=str(self))
-        if self.fixed is not None and not self.fixed[0] < self.fixed[1]:
-            raise SpecError("QuantSpec.fixed", expected="low < high", got=str(self.fixed))
+        if self.fixed is not None:
+            check_range(*self.fixed, "QuantSpec.fixed")
         parse_estimator(self.estimator)
         zero_point = self.limits.zero_point
         if zero_point is not None and not self.qmin <= zero_point <= self.qmax:
@@ -237,15 +217,16 @@ class QuantSpec:
         return self.qmax - self.qmin
 
     def limited(self, limits: Limits) -> QuantSpec:
-        """This spec, with `limits` obeyed too."""
-        return replace(self, limits=self.limits.meet(limits))
+        """This spec, with `limits` obeyed too, also by its fixed range; SpecError if nothing is left of that."""
+        met = self.limits.meet(limits)
+        return replace(self, limits=met, fixed=None if self.fixed is None else met.narrow(self.fixed))
 
     def __str__(self) -> str:
         kind = f"{'s' if self.signed else 'u'}{self.bits}"
         shape = ("strict " if self.strict else "") + ("symmetric" if self.symmetric else "asymmetric")
         extras = [str(self.granularity)]
         if self.limits != NO_LIMITS:
-            extras.append(f"within [{_bound(self.limits.low)}, {_bound(self.limits.high)}]")
+            extras.append(f"within [{bound_text(self.limits.low)}, {bound_text(self.limits.high)}]")
         if self.fixed is not None:
             extras.append(f"fixed [{self.fixed[0]:g}, {self.fixed[1]:g}]")
         elif self.estimator != QuantSpec.estimator:
@@ -279,15 +260,11 @@ class SpecOverride:
         given = {item.name: value for item in fields(self) if (value := getattr(self, item.name)) is not None}
         if False in (self.symmetric, self.signed):
             given.setdefault("strict", False)
-        return replace(spec, **given)
+        return replace(spec, **given).limited(NO_LIMITS)  # a fixed range obeys the limits that are there
 
     def __str__(self) -> str:
         given = [(item.name, getattr(self, item.name)) for item in fields(self)]
         return ", ".join(f"{name} {value}" for name, value in given if value is not None) or "nothing"
-
-
-def _bound(value: float | None) -> str:
-    return "free" if value is None else f"{value:g}"
 
 
 BIAS_SPEC = QuantSpec(bits=32, signed=True, symmetric=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from fxquant.errors import ConfigError
+from fxquant.graph.float_reasons import FOLLOWS
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Note, NoteKind, Program, Stage, input_slots, value_type
 from fxquant.graph.rewriter import Rewriter
@@ -15,18 +19,19 @@ from fxquant.ops.base import Role
 from fxquant.ops.table import TABLE
 from fxquant.placement import Choice, Decision, Rule, Source, check_rules
 from fxquant.placement.aimet_json import read_sections
+from fxquant.placement.rules import describe_rules, settle_output
 from fxquant.placement.sections import Sections
-from fxquant.spec import QuantSpec
+from fxquant.spec import QuantSpec, SpecOverride
 
 from .masks import mask_islands
 from .placed_values import PADS, PlacedValues
 from .placement_notes import bias_notes, placement_notes
-from .placement_specs import PlacementSpecs, is_constant_scale
+from .placement_specs import PlacementSpecs, decided_fields, is_constant_scale
 from .placement_switches import OFF, ONLY_MOVES, Board, Verdict, input_verdict, place_values, symmetric_values
 from .share_encodings import owner_of
-from .supergroups import match_supergroups
+from .supergroups import Line, match_supergroups
 from .values import is_float_value
-from .wishes import FOLLOWS, Wishes
+from .wishes import Wishes
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class ApplyPlacement(Sections, Pass):
     6. "weight" and "bias" are those of whichever operation has them. A bias that an integer kernel adds is never
        quantized on a grid of its own (quantize-bias gives it int32 codes, whatever the file says: a note).
     7. Constants that are no parameter of an operation are quantized where `is_input_quantized` speaks of its reader.
-    8. Rules come last: module rules beat operation rules, node rules beat both.
+    8. Rules come last: module rules beat operation rules, node rules beat both. They reach the weights and inputs of
+       what stands inside a supergroup, too. What they say of its output goes to the end of the supergroup, if only
+       relus and clips lie between: each takes the spec over, and its own rules change it.
 
     What the file says and the program has not is a note. Refuses sections that contradict themselves, and rules as
     assign-specs does. Contract: PRESERVES (it only annotates).
@@ -74,6 +81,20 @@ class ApplyPlacement(Sections, Pass):
         found: dict[str, Any] = {item.name: getattr(sections, item.name) for item in fields(Sections)}
         return replace(self, **found).placed(file)
 
+    def check_override(self, given: Mapping[str, SpecOverride]) -> None:
+        """Refuse to change what the sections decide; raises ConfigError."""
+        for option, change in given.items():
+            for name, (said, place) in decided_fields(self, option).items():
+                wanted = getattr(change, name)
+                if wanted is not None and wanted != said:
+                    raise ConfigError(
+                        f"{option}.{name} cannot be overridden",
+                        place=self.place or self.name,
+                        expected=f"{name} {said}, which {place} decides",
+                        got=f"{name} {wanted}",
+                        remedy=f"Change {place} in the file, or give apply-placement a rule.",
+                    )
+
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Decide every value in graph order, then every parameter."""
         check_rules(self.rules, program, TABLE)
@@ -83,6 +104,7 @@ class ApplyPlacement(Sections, Pass):
         board = place_values(values, self, lines, self.place)
         run = _Run(values, specs, board, Wishes(program, rewriter, self.rules), mask_islands(program))
         run.inner = {node for line in lines for node in line.nodes[:-1]}
+        run.lines = {line.nodes[-1]: line for line in lines}
         for value in values.values:
             run.decide_value(value)
         for node in values.operations:
@@ -103,6 +125,7 @@ class _Run:
     wishes: Wishes
     masked: dict[fx.Node, str]
     inner: set[fx.Node] = field(default_factory=set)  # values inside a supergroup
+    lines: dict[fx.Node, Line] = field(default_factory=dict)  # supergroups, by their last operation
     coded: dict[fx.Node, QuantSpec] = field(default_factory=dict)  # values that carry codes
     decisions: dict[fx.Node, Decision] = field(default_factory=dict)  # of operations, for their weights and inputs
     biases: dict[str, list[str]] = field(default_factory=dict)  # layers whose bias a place wants on a grid of its own
@@ -135,8 +158,8 @@ class _Run:
         if "bias" in slots:
             self._want_bias(node, slots["bias"])
         for slot, value in self.values.inputs(node):
-            if value in self.coded and decision.input.by.rules:
-                self.wishes.want_input(node, slot, decision.input)
+            if value in self.coded:
+                self._want_input(node, slot, value, decision)
             elif self.values.is_constant(value):
                 self._want_constant(node, slot, value)
 
@@ -168,11 +191,39 @@ class _Run:
 
     def _settle(self, value: fx.Node, operation: fx.Node, verdict: Verdict, spec: QuantSpec) -> Decision:
         by = verdict.place if verdict.value else verdict.reason
-        base, weight = _choice(spec, by), _choice(self.specs.weight, by)
-        definition = self.values.definition(operation)
-        decision = self.wishes.settle(operation, definition, Decision(verdict.value, base, base, weight, Source(by)))
+        base, weight = _choice(spec, self._why(value, verdict)), _choice(self.specs.weight, by)
+        definition, taken = self.values.definition(operation), self._taken_over(operation, base)
+        decision = self.wishes.settle(operation, definition, Decision(True, base, taken, weight, Source(by)))
+        if taken.by.rules:
+            decision = replace(decision, output=self._changed(operation, taken))
+        if not decision.quantize_by.rules:  # what is off has a weight and inputs, of which rules may speak
+            decision = replace(decision, quantize=verdict.value)
         self.decisions[operation] = decision
         return decision
+
+    def _why(self, value: fx.Node, verdict: Verdict) -> str:
+        """Who decided whether a value is quantized, and who gave it another spec than other values have."""
+        if not verdict.value:
+            return verdict.reason
+        return ", ".join(dict.fromkeys((verdict.place, *self.specs.deciders(value))))
+
+    def _taken_over(self, operation: fx.Node, base: Choice) -> Choice:
+        """Case 8: what rules say of the values inside the supergroup that `operation` ends."""
+        choice, line = base, self.lines.get(operation)
+        for node, reader in () if line is None else pairwise(line.nodes):
+            ahead = self.values.definition(reader)
+            is_absorbed = ahead is not None and ahead.role_for(reader) is Role.ACTIVATION
+            choice = self._changed(node, choice) if is_absorbed and node not in self.coded else base
+        return choice
+
+    def _changed(self, node: fx.Node, under: Choice) -> Choice:
+        """What the rules on `node` make of a value's spec, field by field; what they leave stays as it is."""
+        base = Choice(under.spec)
+        over = settle_output(node, self.values.definition(node), self.wishes.rules, base)
+        said = {item.name for item in over.by.settings}
+        settings = (*over.by.settings, *(item for item in under.by.settings if item.name not in said))
+        text = describe_rules(self.wishes.rules, settings) if settings else under.by.text
+        return Choice(over.spec, Source(text, settings), under.default)
 
     def _pass_on(self, value: fx.Node, operation: fx.Node, spec: QuantSpec) -> None:
         verdict = self.board.verdicts.get(value, OFF)
@@ -204,16 +255,26 @@ class _Run:
 
     def _want_weight(self, node: fx.Node, slot: int, decision: Decision) -> None:
         verdict, spec = self.specs.parameter(node, "weight")
-        is_on = decision.quantize if decision.quantize_by.rules else verdict.value
-        if not is_on:
+        if not (decision.quantize if decision.quantize_by.rules else verdict.value):
             return
         granularity, obstacle = self.specs.granularity(node, spec)
         name = input_slots(node)[slot].name
         if obstacle:
             self.wishes.rewriter.miss(node, f"weight {name} stays per tensor: {obstacle}")
         base = _choice(replace(spec, granularity=granularity), verdict.place)
-        choice = self.wishes.settle(node, self.values.definition(node), replace(decision, weight=base)).weight
-        self.wishes.want_input(node, slot, choice)
+        self.wishes.want_input(node, slot, self._settled(node, replace(decision, weight=base)).weight)
+
+    def _want_input(self, node: fx.Node, slot: int, value: fx.Node, decision: Decision) -> None:
+        wanted = next(self.wishes.of(value), None)
+        is_excluded = bool(decision.quantize_by.rules) and not decision.quantize
+        if wanted is not None and not is_excluded:
+            choice = self._settled(node, replace(decision, input=Choice(wanted.choice.default))).input
+            if choice.by.rules:
+                self.wishes.want_input(node, slot, choice)
+
+    def _settled(self, node: fx.Node, base: Decision) -> Decision:
+        """What the rules make of what is quantized, whether the operation's own output is or not."""
+        return self.wishes.settle(node, self.values.definition(node), replace(base, quantize=True))
 
     def _want_bias(self, node: fx.Node, slot: int) -> None:
         verdict, spec = self.specs.parameter(node, "bias")

@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import fx
 
 from fxquant.graph.constants import Constants
+from fxquant.graph.float_reasons import FOLLOWS
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, input_slots, input_spec
 from fxquant.graph.rewriter import Rewriter
@@ -30,7 +31,7 @@ from .values import (
     wanted_specs,
     weight_slot,
 )
-from .wishes import FOLLOWS, Wish, Wishes
+from .wishes import Wish, Wishes
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class AssignSpecs(Pass):
        quantized before the mask. Python numbers alone (a scale) are no mask. See passes/masks.py.
     4. A relu or clip takes over the spec of the value that it reads, but not that value's fixed range: what it gives
        may lie outside, and its readers know of no range.
-    5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is.
+    5. A grid-preserving operation (pooling maximum, reshape ...) is quantized on both sides when either side is. One
+       that a rule excludes, or a concatenation, leaves its value in float for all readers where it reads a quantized
+       one, together with what moves that value on: between two quantizers it would run on codes all the same.
     6. Where those who make a value and those who read it want different specs of it, the most specific rule decides;
        defaults yield to any rule. A rule's `activation` speaks of both sides, `input` and `output` of one.
     7. A rule's `output` on a relu or clip changes what it gives. A grid-preserving operation has no spec of its own: a
@@ -92,9 +95,10 @@ class AssignSpecs(Pass):
                 rewriter.set_float_reason(node, f"operation {node.target} is not in the table")
                 continue
             self._assign(wishes, node, definition, masked, constants)
-        _spread_forward(wishes, masked)
+        base = defaults(self.activation, self.weight)
+        _spread_forward(wishes, masked, base)
         _limit_outputs(program, rewriter)
-        _spread_backward(wishes, masked)
+        _spread_backward(wishes, masked, base)
         wishes.agree()
         wishes.report()
 
@@ -142,21 +146,49 @@ def _limit_outputs(program: Program, rewriter: Rewriter) -> None:
                 set_value_spec(rewriter, node, spec, spec.limited(definition.output_range))
 
 
-def _spread_forward(wishes: Wishes, masked: dict[fx.Node, str]) -> None:
+def _spread_forward(wishes: Wishes, masked: dict[fx.Node, str], base: Decision) -> None:
     """Cases 4 and 5, in graph order: what keeps a quantized value's grid, or is absorbed, is quantized too."""
+    left: set[fx.Node] = set()
     for node in wishes.program.graph.nodes:
         role = role_of(wishes.program, node)
-        if role not in (Role.ACTIVATION, Role.GRID_PRESERVING) or node in masked:
+        if node in masked:
+            continue
+        if role in (Role.CONCAT, Role.GRID_PRESERVING) and (reason := _why_left(wishes, node, left, base)):
+            left.update(_leave(wishes, node, reason))
+        if role not in (Role.ACTIVATION, Role.GRID_PRESERVING) or node in left:
             continue
         source = node.args[0]
         if not isinstance(source, fx.Node) or not is_float_value(source):
             continue
         wish = next(wishes.of(source), None)
         if wish is not None and not is_parameter(source):
-            _want_both_sides(wishes, node, wish)
+            _want_both_sides(wishes, node, wish, base)
 
 
-def _spread_backward(wishes: Wishes, masked: dict[fx.Node, str]) -> None:
+def _why_left(wishes: Wishes, node: fx.Node, left: set[fx.Node], base: Decision) -> str:
+    """Why what moves or joins codes leaves its value in float; "" if it does not."""
+    definition = definition_of(wishes.program, node)
+    assert definition is not None
+    sources = [source for source in input_slots(node) if is_float_value(source) and not is_parameter(source)]
+    moved = next((source for source in sources if source in left), None)
+    if moved is not None and definition.role_for(node) is Role.GRID_PRESERVING:
+        return f"follows its input '{moved.name}', which a rule leaves in float"
+    decision = wishes.settle(node, definition, base)
+    is_integer = moved is not None or any(True for source in sources for _ in wishes.of(source))
+    return "" if decision.quantize or not is_integer else f"excluded by rule {decision.quantize_by}"
+
+
+def _leave(wishes: Wishes, node: fx.Node, reason: str) -> list[fx.Node]:
+    """Leave a node's value, or its parts, in float for all who read it."""
+    parts = [node] if is_float_value(node) else [user for user in node.users if is_float_value(user)]
+    wishes.rewriter.set_float_reason(node, reason)
+    for value in parts:
+        wishes.rewriter.set_float_reason(value, reason)
+        wishes.drop_readers(value)
+    return [node, *parts]
+
+
+def _spread_backward(wishes: Wishes, masked: dict[fx.Node, str], base: Decision) -> None:
     """Case 5, in reverse: a grid-preserving operation whose output is wanted quantized takes a quantized input."""
     for node in reversed(list(wishes.program.graph.nodes)):
         role = role_of(wishes.program, node)
@@ -165,14 +197,14 @@ def _spread_backward(wishes: Wishes, masked: dict[fx.Node, str]) -> None:
         wish = next(wishes.of(node), None)
         source = node.args[0]
         if wish and isinstance(source, fx.Node) and is_float_value(source) and not is_parameter(source):
-            _want_both_sides(wishes, node, wish)
+            _want_both_sides(wishes, node, wish, base)
 
 
-def _want_both_sides(wishes: Wishes, node: fx.Node, wish: Wish) -> None:
+def _want_both_sides(wishes: Wishes, node: fx.Node, wish: Wish, base: Decision) -> None:
     definition = definition_of(wishes.program, node)
     assert definition is not None
     follows = replace(wish.choice, by=_following(wish.by))
-    decision = wishes.settle(node, definition, Decision(True, follows, follows, follows))
+    decision = wishes.settle(node, definition, replace(base, input=follows, output=follows))
     if not decision.quantize:
         wishes.rewriter.set_float_reason(node, f"excluded by rule {decision.quantize_by}")
         return

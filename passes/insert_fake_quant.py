@@ -88,13 +88,12 @@ def _encoding_shape(value: fx.Node, spec: QuantSpec) -> tuple[int, ...]:
     try:
         return spec.granularity.encoding_shape(sizes)
     except SpecError as err:
-        remedy = "Use another granularity for this value."
         raise PassError(
             f"insert-fake-quant: value '{value.name}': {err.thing}",
             place=describe(value),
             expected=err.expected,
-            got=err.got,
-            remedy=remedy,
+            got=f"{err.got}, wanted so by {_wanters(value, spec)}",
+            remedy="Use another granularity for this value.",
         ) from err
 
 
@@ -115,9 +114,7 @@ def _first_place_behind(value: fx.Node) -> fx.Node:
 
 
 def _two_specs(value: fx.Node, wanted: dict[QuantSpec, list[str]]) -> PassError:
-    wishes = "; ".join(
-        f"{spec} by {', '.join(_with_rule(value, name) for name in names)}" for spec, names in wanted.items()
-    )
+    wishes = "; ".join(f"{spec} by {_wanters(value, spec)}" for spec in wanted)
     return PassError(
         f"insert-fake-quant: value '{value.name}' is wanted with {len(wanted)} specs",
         place=describe(value),
@@ -125,6 +122,11 @@ def _two_specs(value: fx.Node, wanted: dict[QuantSpec, list[str]]) -> PassError:
         got=wishes,
         remedy=f"{SPEAKS_OF_BOTH} Or leave one of these nodes in float.",
     )
+
+
+def _wanters(value: fx.Node, spec: QuantSpec) -> str:
+    """The nodes that want a value with this spec, each with its rule."""
+    return ", ".join(_with_rule(value, name) for name in wanted_specs(value)[spec])
 
 
 def _with_rule(value: fx.Node, name: str) -> str:
@@ -143,7 +145,7 @@ def _per_channel(value: fx.Node, spec: QuantSpec) -> PassError:
         f"insert-fake-quant: activation '{value.name}' is wanted {spec.granularity}",
         place=describe(value),
         expected="one scale for an activation",
-        got=str(spec),
+        got=f"{spec}, by {_wanters(value, spec)}",
         remedy="Leave 'granularity' out of the activation's spec; weights may have it.",
     )
 

@@ -10,7 +10,6 @@ hw_version                          second factor of a product: 8 bits and symme
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -25,6 +24,7 @@ from fxquant.spec import Granularity, Limits, QuantSpec
 from .absorb_activation import limits_of
 from .placed_values import PlacedValues
 from .placement_switches import Board, Verdict, entry_of
+from .values import channel_axis
 
 _LAST_OLD_VERSION = 69
 _WIDE_BITS = 16
@@ -69,6 +69,17 @@ class PlacementSpecs:
             spec = spec.limited(definition.output_range)
         return self._as_factor(spec) if value in self._second_factors else spec
 
+    def deciders(self, value: fx.Node) -> list[str]:
+        """The places, besides defaults, that an activation's spec comes from."""
+        verdict = self.symmetric.verdicts.get(value)
+        op_type, entry = entry_of(self.sections, self.values.types(self.values.operation(value)))
+        found = [] if verdict is None else [verdict.place]
+        if entry.encoding_constraints is not None:
+            found.append(f"op_type.{op_type}.encoding_constraints")
+        if value in self._second_factors and self._as_factor(self.activation) != self.activation:
+            found.append("defaults.hw_version")
+        return found
+
     def parameter(self, node: fx.Node, name: str) -> tuple[Verdict, QuantSpec]:
         """Whether the parameter called `name` of an operation is quantized, and its spec, per tensor."""
         defaults = self.sections.defaults.params
@@ -90,8 +101,8 @@ class PlacementSpecs:
             return spec.granularity, ""
         if not spec.symmetric:
             return spec.granularity, "its spec is asymmetric"
-        axis = self._channel_axis(node)
-        return (spec.granularity, "no channel axis") if axis is None else (Granularity(axis), "")
+        axis, obstacle = self._channel_axis(node)
+        return (spec.granularity, obstacle) if axis is None else (Granularity(axis), "")
 
     def within_activation(self, value: fx.Node, spec: QuantSpec) -> QuantSpec:
         """The spec behind a relu or clip whose input is not quantized, so that onnxruntime can remove it.
@@ -158,12 +169,26 @@ class PlacementSpecs:
         is_like_output = self.version > _LAST_OLD_VERSION and name in ("embedding", "group_norm")
         return (self.activation.bits if is_like_output else self.weight.bits), symmetric
 
-    def _channel_axis(self, node: fx.Node) -> int | None:
+    def _channel_axis(self, node: fx.Node) -> tuple[int | None, str]:
         definition = self.values.definition(node)
         if definition is not None and definition.name == "prelu":
-            return 0
-        axis_of: Callable[[fx.Node], int] | None = None if definition is None else definition.channel_axis
-        return None if axis_of is None else axis_of(node)
+            return 0, ""
+        return (None, "no channel axis") if definition is None else channel_axis(node, definition)
+
+
+def decided_fields(sections: Sections, option: str) -> dict[str, tuple[bool, str]]:
+    """What the sections say of fields of `activation` or `weight` whatever that option says: the value, and where."""
+    defaults = sections.defaults
+    kind = defaults.ops if option == "activation" else defaults.params
+    place = f"defaults.{'ops' if option == 'activation' else 'params'}.is_symmetric"
+    found: dict[str, tuple[bool, str]] = {}
+    if kind.is_symmetric is not None:
+        found["symmetric"] = (kind.is_symmetric, place)
+        if option == "weight":
+            found["signed"] = (kind.is_symmetric, place)
+    if defaults.strict_symmetric is not None:
+        found["strict"] = (defaults.strict_symmetric, "defaults.strict_symmetric")
+    return found
 
 
 def is_constant_scale(values: PlacedValues, node: fx.Node) -> bool:

@@ -68,6 +68,7 @@ def place_values(values: PlacedValues, sections: Sections, lines: Iterable[Line]
     2. `is_input_quantized` speaks of the values that an operation reads, so of their makers and of all other readers;
        through what only moves codes.
     3. A supergroup turns off all values between its operations.
+    4. A model output that only moves codes is on with their owner; off it turns nothing, as the owner is no output.
     """
     board = Board("quantized", file)
     board.write(_defaults(values, sections))
@@ -144,7 +145,10 @@ def _model_outputs(values: PlacedValues, sections: Sections) -> Iterator[Write]:
     is_on = sections.model_output.is_output_quantized
     if is_on is not None:
         outputs = (value for value in values.values if any(user.op == "output" for user in value.users))
-        yield from ((values.owner(value), is_on, "model_output.is_output_quantized") for value in outputs)
+        for value in outputs:
+            owner = values.owner(value)
+            if is_on or owner is value:  # case 4
+                yield owner, is_on, "model_output.is_output_quantized"
 
 
 def _symmetries(values: PlacedValues, sections: Sections) -> Iterator[Write]:

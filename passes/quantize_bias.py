@@ -9,9 +9,9 @@ from torch import fx
 
 from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
-from fxquant.graph.program import Program, Stage
+from fxquant.graph.program import Program, Stage, value_type
 from fxquant.graph.rewriter import Rewriter
-from fxquant.numerics.fake_quant import BiasFakeQuant
+from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant
 
 from .values import definition_of
 
@@ -26,7 +26,8 @@ class QuantizeBias(Pass):
 
     A bias whose codes would exceed 2^23 raises its channel's weight scale when the program is calibrated
     (fxquant.calibration reports it). Declines, with the reason, a bias that is computed, and that of a layer whose
-    weight is quantized in blocks: sx * sw is then not one scale for each output channel. Contract: QUANTIZES.
+    weight is quantized in blocks, or per channel where it is that of a grouped transposed convolution: sx * sw is then
+    not one scale for each output channel. Contract: QUANTIZES.
     """
 
     name: ClassVar[str] = "quantize-bias"
@@ -50,7 +51,7 @@ class QuantizeBias(Pass):
             if program.fake_quant(x) is None or weight_quant is None or program.bias_fake_quant(bias) is not None:
                 continue
             reason = "" if constants.is_constant(bias) else "it is computed, not a parameter"
-            if weight_quant.spec.granularity.block is not None:
+            if not _has_scale_for_each(bias, weight_quant):
                 reason = f"its layer's weight is {weight_quant.spec.granularity}, not one scale for each output channel"
             if reason:
                 rewriter.miss(node, f"bias {bias.name} of {node.name} stays in float: {reason}")
@@ -72,3 +73,11 @@ class QuantizeBias(Pass):
         rewriter.add_module(path, BiasFakeQuant())
         quantized = rewriter.call_module(path, sources, name=f"{bias.name}_fq{suffix}", before=node, like=bias)
         rewriter.set_arg(node, position, quantized)
+
+
+def _has_scale_for_each(bias: fx.Node, weight_quant: FakeQuant) -> bool:
+    """Whether the weight has one scale, or one for each element of the bias."""
+    if weight_quant.spec.granularity.block is not None:
+        return False
+    found = value_type(bias)
+    return weight_quant.scale.ndim == 0 or found is None or tuple(weight_quant.scale.shape) == found.shape

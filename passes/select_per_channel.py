@@ -10,7 +10,7 @@ from fxquant.graph.program import Program, Stage, input_slots, input_spec
 from fxquant.graph.rewriter import Rewriter
 from fxquant.spec import PER_TENSOR, Granularity, SpecOverride
 
-from .values import check_ops, definition_of, is_named, weight_slot
+from .values import channel_axis, check_ops, definition_of, is_named, weight_slot
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class SelectPerChannel(Pass):
 
     1. The axis is the operation's: 0, or 1 for a transposed convolution. onnxruntime ignores the axis of a
        DequantizeLinear, so no other axis is ever chosen.
-    2. A layer whose operation has no channel axis for this form is left per tensor, with the reason.
+    2. A layer whose operation has no channel axis for this form is left per tensor, with the reason: a grouped
+       transposed convolution, whose weight has out / groups indices along its axis 1.
 
     Contract: PRESERVES (it only annotates).
 
@@ -52,10 +53,9 @@ class SelectPerChannel(Pass):
             changed = self.change.apply(spec)
             if not changed.symmetric:
                 rewriter.miss(node, f"weight {input_slots(node)[slot].name} stays per tensor: its spec is asymmetric")
-            elif definition.channel_axis is None:
-                rewriter.miss(
-                    node, f"weight {input_slots(node)[slot].name} stays per tensor: no channel axis"
-                )  # case 2
+                continue
+            axis, reason = channel_axis(node, definition)
+            if axis is None:
+                rewriter.miss(node, f"weight {input_slots(node)[slot].name} stays per tensor: {reason}")  # case 2
             else:
-                axis = definition.channel_axis(node)
                 rewriter.set_input_spec(node, slot, replace(changed, granularity=Granularity(axis)))  # case 1

@@ -8,7 +8,9 @@ from torch import fx
 from fxquant.errors import ConfigError, nearest
 from fxquant.graph.program import Program, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
+from fxquant.ops._emit import argument
 from fxquant.ops.base import OpDef, Role
+from fxquant.ops.convolution import is_transposed
 from fxquant.ops.table import TABLE
 from fxquant.spec import QuantSpec
 
@@ -76,6 +78,18 @@ def weight_slot(node: fx.Node, definition: OpDef) -> int | None:
     """The input slot of an operation's weight at `node`, or None if it has none there."""
     position = definition.weight_for(node)
     return None if position is None else arg_slot(node, position)
+
+
+def channel_axis(node: fx.Node, definition: OpDef) -> tuple[int | None, str]:
+    """The axis along which an operation's weight may have scales: an index for each output channel; or why none is.
+
+    That of a grouped transposed convolution has out / groups of them along its axis 1, and the bias has out.
+    """
+    if definition.channel_axis is None:
+        return None, "no channel axis"
+    if definition.name == "convolution" and is_transposed(node) and argument(node, "groups") > 1:
+        return None, "no axis of a grouped transposed convolution's weight has an index for each output channel"
+    return definition.channel_axis(node), ""
 
 
 def wanted_specs(value: fx.Node) -> dict[QuantSpec, list[str]]:

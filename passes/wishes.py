@@ -12,7 +12,8 @@ from torch import fx
 
 from fxquant.errors import ConfigError
 from fxquant.graph.constants import Constants
-from fxquant.graph.program import Program, describe, input_slots, input_spec, output_spec, value_type
+from fxquant.graph.float_reasons import FOLLOWS
+from fxquant.graph.program import Note, NoteKind, Program, describe, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import OpDef, Role
 from fxquant.placement import Choice, Decision, Rule, Source, settle
@@ -23,13 +24,13 @@ from fxquant.placement.rules import (
     describe_rules,
     files_of,
     rule_place,
+    settle_output,
     strongest,
 )
 from fxquant.spec import QuantSpec
 
 from .values import definition_of, is_float_value, role_of
 
-FOLLOWS = "follows its input"
 SPEAKS_OF_BOTH = (
     "A rule's `activation` speaks of what a node reads and of what it gives: write `output` where only what it gives "
     "is meant, or make the rules agree."
@@ -92,6 +93,13 @@ class Wishes:
         self.choices[node, None] = choice
         self.rewriter.set_output_spec(node, choice.spec, str(choice.by))
 
+    def drop_readers(self, value: fx.Node) -> None:
+        """Want a value in float for all who read it."""
+        for wish in list(self.of(value)):
+            if wish.slot is not None:
+                self.choices.pop((wish.holder, wish.slot), None)
+                self.rewriter.set_input_spec(wish.holder, wish.slot, None)
+
     def of(self, value: fx.Node) -> Iterator[Wish]:
         """Every wish about a value, its own first."""
         places: list[tuple[fx.Node, int | None, QuantSpec | None]] = [(value, None, output_spec(value))]
@@ -150,9 +158,7 @@ class Wishes:
         wanted = next(self.of(value), None)
         if wanted is None or output_spec(value) is not None:
             return
-        choice = Choice(wanted.choice.default)
-        base = Decision(True, choice, choice, choice)
-        output = settle(value, self._definition(value), self.rules, base).output
+        output = settle_output(value, self._definition(value), self.rules, Choice(wanted.choice.default))
         if output.by.rules:
             yield Wish(value, None, output)
 
@@ -193,10 +199,15 @@ class Wishes:
             matched = [node for node in self.program.graph.nodes if self._is_matched(node, rule)]
             in_float = [node for node in matched if _is_in_float_anyway(node)]
             if index not in heard:
-                self.rewriter.miss_option(rule_place(index), rule.place, self._unheard(index, rule, matched))
+                self._tell(index, self._unheard(index, rule, matched))
             elif rule.quantize and in_float:
-                reason = f"{rule} cannot quantize {_because(in_float)}"
-                self.rewriter.miss_option(rule_place(index), rule.place, reason)
+                self._tell(index, f"{rule} cannot quantize {_because(in_float)}")
+
+    def _tell(self, index: int, reason: str) -> None:
+        """In the trace of this run, and in the program for whoever has no trace."""
+        place = self.rules[index].place
+        self.rewriter.miss_option(rule_place(index), place, reason)
+        self.rewriter.note(Note(NoteKind.OTHER, place or rule_place(index), reason))
 
     def _is_matched(self, node: fx.Node, rule: Rule) -> bool:
         return rule.matches(node, self._definition(node))
@@ -207,11 +218,16 @@ class Wishes:
     def _unheard(self, index: int, rule: Rule, matched: Sequence[fx.Node]) -> str:
         if not matched:
             return f"{rule} matches no operation of this program"
-        if all("float_reason" in node.meta for node in matched):
+        is_of_output = any(said is not None for said in (rule.quantize, rule.activation, rule.output))
+        if all(_is_in_float(node) or (is_of_output and "float_reason" in node.meta) for node in matched):
             return f"{rule} decides nothing: in float stays {_because(matched)}"
-        if index in self.won or not any(_could_be_decided(self.program, node) for node in matched):
+        beaten = any(self._is_beaten(rule, node) for node in matched if _could_be_decided(self.program, node))
+        if index in self.won or not beaten:
             return f"{rule} decides nothing: what it sets has no spec of its own at {_names(matched)}"
         return f"{rule} decides nothing: more specific rules decide all that it says of {_names(matched)}"
+
+    def _is_beaten(self, rule: Rule, node: fx.Node) -> bool:
+        return any(other.specificity > rule.specificity and self._is_matched(node, other) for other in self.rules)
 
 
 def _groups(program: Program, constants: Constants) -> list[list[fx.Node]]:
@@ -257,6 +273,12 @@ def _wisher(wish: Wish) -> str:
 
 def _is_in_float_anyway(node: fx.Node) -> bool:
     return not str(node.meta.get("float_reason", "excluded")).startswith("excluded")
+
+
+def _is_in_float(node: fx.Node) -> bool:
+    """Whether nothing of a node is quantized; inside a supergroup its inputs and weight are."""
+    is_excluded = "float_reason" in node.meta and not _is_in_float_anyway(node)
+    return is_excluded or ("float_reason" in node.meta and not node.meta.get("input_specs"))
 
 
 def _could_be_decided(program: Program, node: fx.Node) -> bool:

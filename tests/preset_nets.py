@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fxquant
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
-from fxquant.numerics.runtime import RuntimeOptions, open_session
+from fxquant.numerics.runtime import Level, RuntimeOptions, open_session
 
 ONE_THREAD = RuntimeOptions(threads=1)
 
@@ -121,6 +121,46 @@ class Decoder(nn.Module):
         return found
 
 
+class Upsampler(nn.Module):
+    """A grouped transposed convolution between convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.up = nn.ConvTranspose2d(8, 8, 3, 2, 1, 1, groups=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(torch.relu(self.up(torch.relu(self.first(x)))))
+        return found
+
+
+class Flat(nn.Module):
+    """A softmax over many classes, all about as likely, and what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 64), nn.Linear(64, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.down(torch.softmax(0.1 * self.up(x), -1))
+        return found
+
+
+class Dead(nn.Module):
+    """A relu that never fires, ahead of a convolution that is left with its bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead, self.left, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            assert self.dead.bias is not None
+            self.dead.bias.fill_(-100.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(torch.relu(self.left(torch.relu(self.dead(x)))))
+        return found
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "plain": Plain,
     "residual": Residual,
@@ -129,12 +169,13 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "attention": Attention,
     "decoder": Decoder,
 }
+ODD_NETS: dict[str, Callable[[], nn.Module]] = {"upsampler": Upsampler, "flat": Flat, "dead": Dead}
 
 
 def net(name: str) -> nn.Module:
     """A net with seeded weights, and batch norms that normalise."""
     torch.manual_seed(0)
-    model = NETS[name]().eval()
+    model = (NETS | ODD_NETS)[name]().eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None and module.running_var is not None
@@ -164,9 +205,9 @@ class Export:
         """The file."""
         return onnx.load(self.path)
 
-    def run(self) -> np.ndarray[Any, Any]:
+    def run(self, level: Level = Level.ALL) -> np.ndarray[Any, Any]:
         """What onnxruntime computes on the first batch."""
-        session = open_session(self.path, ONE_THREAD)
+        session = open_session(self.path, RuntimeOptions(level=level, threads=1))
         (found,) = session.run({session.input_names[0]: self.inputs.numpy()}).values()
         return found
 

@@ -165,3 +165,24 @@ def test_moving_average_follows_the_latest_batches() -> None:
     estimator.observe(torch.tensor([-1.0, 1.0]))
     estimator.observe(torch.tensor([-2.0, 3.0]))
     assert (float(estimator.low), float(estimator.high)) == (pytest.approx(-1.1), pytest.approx(1.2))
+
+
+def test_scale_that_a_bias_needed_is_given_back_when_the_bias_shrinks() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(64, 16)
+    with torch.no_grad():
+        model[0].weight[3] *= 1e-4
+    sim = fxquant.QuantSim(model.eval(), x)
+    sim.compute_encodings([x], progress=False)
+    before = sim.program.fake_quant(sim.program.node("_0_weight_fq"))
+    assert before is not None
+    scale, bias = before.scale.clone(), sim.model.get_parameter("0.bias")
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias[3] = 50.0
+    sim.model.eval()
+    assert float(before.scale[3]) > 100 * float(scale[3])
+    with torch.no_grad():
+        bias.copy_(kept)
+    sim.model.eval()
+    assert torch.equal(before.scale, scale)

@@ -55,6 +55,16 @@ def test_searching_estimators_calibrate_finalize_and_save(estimator: str, tmp_pa
     assert program.stage is Stage.FINALIZED
 
 
+@pytest.mark.parametrize("estimator", SEARCHING)
+def test_calibrating_again_forgets_the_batches_of_before(estimator: str) -> None:
+    program, fresh = prepared(estimator=estimator), prepared(estimator=estimator)
+    fxquant.calibrate(program, [IMAGE * 10])
+    fxquant.calibrate(program, [IMAGE])
+    fxquant.calibrate(fresh, [IMAGE])
+    for found, wanted in zip(grids(program), grids(fresh), strict=True):
+        assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("through", [False, True])
 @pytest.mark.parametrize("estimator", ["min-max", *SEARCHING])

@@ -227,6 +227,67 @@ def test_relu_takes_its_own_output_and_can_be_excluded() -> None:
     assert "excluded" in program.node("relu").meta["float_reason"] and output_spec(program.node("relu")) is None
 
 
+class Moved(nn.Module):
+    """Two layers' results joined, pooled and split in halves, which two layers and a relu read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 2, 1),
+            nn.Conv2d(4, 2, 1),
+        )
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        joined = torch.cat([self.a(x), self.b(x)], 1)
+        left, right = torch.max_pool2d(joined, 2).chunk(2, 1)
+        return self.c(left), self.d(torch.relu(right))
+
+
+@pytest.mark.parametrize(
+    ("name", "in_float"),
+    [
+        ("cat", ["cat", "max_pool2d", "getitem", "getitem_1"]),
+        ("max_pool2d", ["max_pool2d", "getitem", "getitem_1"]),
+        ("chunk", ["getitem", "getitem_1"]),
+    ],
+)
+def test_what_moves_or_joins_codes_is_left_in_float_with_its_value(name: str, in_float: list[str]) -> None:
+    program = fxquant.capture(Moved().eval(), torch.randn(2, 4, 6, 6))
+    entry = run_pass(AssignSpecs(rules=(Rule(node=name, quantize=False),)), program)
+    assert vain(entry) == []
+    nodes = [node for node in program.graph.nodes if node.name in in_float]
+    assert [node.name for node in nodes] == in_float
+    assert [output_spec(node) for node in nodes] == [None] * len(nodes)
+    for node in nodes:
+        assert "float_reason" in node.meta
+        readers = [(user, input_slots(user).index(node)) for user in node.users]
+        assert [input_spec(*reader) for reader in readers] == [None] * len(readers)
+    assert output_spec(program.node("a")) == output_spec(program.node("c")) == U8
+    assert input_spec(program.node("c"), 1) == S8 and input_spec(program.node("d"), 0) == U8  # behind the relu
+    assert ("cat" in in_float) == (output_spec(program.node("cat")) is None)
+
+
+def test_what_moves_float_values_is_quantized_for_its_readers_though_excluded() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.MaxPool2d(2), nn.Conv2d(4, 2, 1)).eval()
+    program = fxquant.capture(model, torch.randn(2, 4, 6, 6))
+    run_pass(AssignSpecs(rules=(Rule(module="[01]", quantize=False),)), program)
+    pool, last = program.node("_1"), program.node("_2")
+    assert output_spec(pool) is None and input_spec(pool, 0) is None and input_spec(last, 0) == U8
+
+
+def test_exclusion_of_moved_codes_asks_nothing_of_the_other_settings() -> None:
+    program, _ = assigned(Rule(module=".*", weight=SpecOverride(strict=False)), Rule(op="Relu", quantize=True))
+    assert input_spec(program.node("fc"), 1) == replace(S8, strict=False)
+    assigned(Rule(module=".*", weight=SpecOverride(strict=True)))
+
+
+def test_rule_that_takes_a_node_back_is_why() -> None:
+    program, _ = assigned(Rule(op="Conv", quantize=False), Rule(node="block_0_conv", quantize=True))
+    assert program.node("block_0_conv").meta["rule"] == "node 'block_0_conv' (rules[1])"
+
+
 def test_what_one_rule_says_of_other_settings_stands() -> None:
     rules = (Rule(node="relu", output=SpecOverride(fixed=(0.0, 6.0))), Rule(op="Conv", activation=bits(4)))
     program, _ = assigned(*rules)
@@ -350,10 +411,20 @@ def test_rule_that_says_nothing_is_refused(arguments: dict[str, object], expecte
             (Rule(op="Add", weight=bits(4)),),
             ["rules[0] (assign-specs): op 'Add' decides nothing: what it sets has no spec of its own at 'block_0_add'"],
         ),
+        (
+            (Rule(node="fc_bias", quantize=False), Rule(op="Gemm", quantize=True)),
+            [
+                "rules[0] (assign-specs): node 'fc_bias' decides nothing: what it sets has no spec of its own at "
+                "'fc_bias'"
+            ],
+        ),
     ],
 )
 def test_rule_in_vain_is_told(rules: tuple[Rule, ...], expected: list[str]) -> None:
-    assert vain(assigned(*rules)[1]) == expected
+    program, entry = assigned(*rules)
+    assert vain(entry) == expected
+    told = [f"other: {note}" for note in (text.replace(" (assign-specs)", "") for text in expected)]
+    assert [str(note) for note in program.notes][-len(told) :] == told
 
 
 def test_quantize_true_of_what_has_no_integer_kernel_is_told() -> None:
@@ -433,6 +504,12 @@ def test_error_of_a_rule_names_its_place_in_the_file(rules: str, expected: str) 
 def test_miss_of_a_rule_names_its_place_in_the_file() -> None:
     trace = parsed('rules = [{ op = "Gelu", quantize = false }]').prepare(residual_program())
     assert "rules[0] (int8.toml: prepare[1] assign-specs.rules[0]): op 'Gelu' matches no operation" in str(trace)
+
+
+def test_why_names_the_file_of_the_rule() -> None:
+    program = residual_program()
+    parsed('rules = [{ node = "fc", output = { bits = 4 } }]').prepare(program)
+    assert program.node("fc").meta["rule"] == "node 'fc' (int8.toml: prepare[1] assign-specs.rules[0])"
 
 
 @pytest.mark.parametrize(

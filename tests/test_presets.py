@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ import fxquant
 from fxquant.errors import ExportError
 from fxquant.graph.manager import PassManager
 from fxquant.graph.pipeline import CONFIGS, Pipeline, packaged_pipelines
-from fxquant.numerics.runtime import optimised_graph
+from fxquant.numerics.runtime import Level, optimised_graph
 from fxquant.passes import AssignSpecs, NarrowFirstWeights
 from fxquant.spec import SpecOverride, Target
 from tests.preset_files import Array, Grid, Structure
@@ -53,6 +54,24 @@ def test_file_is_valid_and_runs_close_to_the_float_net(preset: str, name: str, f
     onnx.checker.check_model(found.model, full_check=True)
     assert Structure(found.model).nodes("QuantizeLinear")
     assert found.sqnr() > FLOORS.get(preset, 15.0)
+
+
+@pytest.mark.parametrize("preset", packaged_pipelines())
+def test_grouped_transposed_convolution_with_a_bias_runs_close_to_the_float_net(preset: str, folder: Path) -> None:
+    assert packaged(preset, "upsampler", folder).sqnr() > FLOORS.get(preset, 15.0)
+
+
+@pytest.mark.parametrize("level", list(Level))
+@pytest.mark.parametrize("preset", packaged_pipelines())
+@pytest.mark.parametrize("name", ["flat", "dead"])
+def test_onnxruntime_agrees_on_a_flat_softmax_and_on_the_bias_behind_a_dead_value(
+    name: str, preset: str, level: Level, folder: Path
+) -> None:
+    found = packaged(preset, name, folder)
+    with torch.no_grad():
+        simulated = found.program.module(found.inputs)
+    difference = np.abs(found.run(level) - simulated.numpy())
+    assert difference.max() <= 0.03 * float(simulated.abs().max())
 
 
 @pytest.mark.parametrize("preset", packaged_pipelines())

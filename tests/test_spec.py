@@ -13,7 +13,7 @@ from fxquant.errors import SpecError
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.grids import SMALLEST_SCALE, clip_codes, grid_for_range
 from fxquant.numerics.rounding import dequantize, fake_quantize, quantize
-from fxquant.spec import Encoding, Granularity, Limits, QuantSpec
+from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, SpecOverride
 
 U8 = QuantSpec()
 S8 = QuantSpec(signed=True, symmetric=True, strict=True)
@@ -49,6 +49,45 @@ def test_limits_meet_and_refuse_other_zero_points() -> None:
     assert Limits(0, 6, 0).meet(Limits(-1, 5)) == Limits(0, 5, 0)
     with pytest.raises(SpecError, match="zero point"):
         Limits(zero_point=0).meet(Limits(zero_point=1))
+
+
+@pytest.mark.parametrize(
+    ("fixed", "said"),
+    [
+        ((0.0, math.inf), "finite number"),
+        ((math.nan, 1.0), "finite number"),
+        ((0.0, 1e39), "at most 1e"),
+        ((1.0, 2.0), "holds 0"),
+        ((-2.0, -1.0), "holds 0"),
+        ((1.0, -1.0), "low < high"),
+    ],
+)
+def test_fixed_range_that_no_grid_has_is_refused(fixed: tuple[float, float], said: str) -> None:
+    for make in (QuantSpec, SpecOverride):
+        with pytest.raises(SpecError, match=said):
+            make(fixed=fixed)
+
+
+@given(
+    low=st.floats(-1e38, 0.0),
+    high=st.floats(0.0, 1e38).filter(bool),
+    spec=st.sampled_from([U8, S8, QuantSpec(bits=2), QuantSpec(bits=2, symmetric=True)]),
+)
+def test_fixed_range_that_is_taken_has_a_grid_in_float32(low: float, high: float, spec: QuantSpec) -> None:
+    module = FakeQuant(SpecOverride(fixed=(low, high)).apply(spec))
+    module.compute_encoding()
+    encoding = module.encoding
+    ends = torch.tensor([spec.lowest_code, spec.qmax], dtype=torch.int32)
+    assert torch.isfinite(dequantize(ends, encoding.scale, encoding.zero_point)).all()
+
+
+def test_fixed_range_obeys_limits_and_says_so() -> None:
+    wanted = SpecOverride(fixed=(-3.0, 4.0))
+    limits = Limits(0.0, 1.0)
+    for spec in (wanted.apply(U8).limited(limits), wanted.apply(U8.limited(limits))):
+        assert spec.fixed == (0.0, 1.0) and str(spec).endswith("fixed [0, 1]")
+    with pytest.raises(SpecError, match=r"within \[0, 1\]; got \[-3, 0\]"):
+        QuantSpec(fixed=(-3.0, 0.0)).limited(limits)
 
 
 @given(low=finite, high=finite, spec=st.sampled_from([U8, S8, QuantSpec(bits=4), QuantSpec(bits=16, signed=True)]))

@@ -28,7 +28,7 @@ _MODE_AWARE = (
     nn.modules.instancenorm._InstanceNorm,
     nn.SyncBatchNorm,
 )
-_PLAIN = (int, float, complex, str, bytes, tuple, type(None), torch.dtype, torch.device, torch.Size)
+_PLAIN = (int, float, complex, str, bytes, tuple, type(None), torch.dtype, torch.device, torch.Size, torch.Tensor)
 _OUTSIDE = ("torch", "math", "operator", "typing", "builtins", "functools", "itertools", "collections")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
 
@@ -94,7 +94,7 @@ def _object_may(item: Any, kind: type, seen: set[Any]) -> bool:
         return not _is_outside(item.__name__)
     if isinstance(item, type):
         return not (issubclass(item, nn.Module) or _is_outside(item.__module__) or item.__module__ == "builtins")
-    if isinstance(item, _PLAIN) or item in vars(builtins).values():
+    if isinstance(item, _PLAIN) or any(item is known for known in vars(builtins).values()):
         return False
     if _is_outside(getattr(item, "__module__", None) or ""):
         return False

@@ -8,17 +8,19 @@ import sys
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import TextIO
 
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
-from fxquant.cli.loading import first_batch, load_batches, load_model
+from fxquant.cli.loading import first_batch, load_batches, load_model, require_model_name
 from fxquant.demo.run import DemoResult, run_demo
 from fxquant.errors import FxquantError
-from fxquant.files import make_folder, write_text
+from fxquant.files import made_folder, write_text
 from fxquant.graph.batches import Batch
-from fxquant.graph.pipeline import load_pipeline
+from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import Program
 from fxquant.graph.storage import load_program
+from fxquant.lowering.lower import check_opset
 from fxquant.numerics.runtime import Level, RuntimeOptions
 from fxquant.parity import check_parity
 from fxquant.sim import file_names, write_files
@@ -66,9 +68,15 @@ def show(options: argparse.Namespace) -> int:
         _print_coverage(program, options)
     else:
         print(program, end="")
+    _print_notes(program, sys.stderr if options.json == "-" else sys.stdout)
     if options.draw:
         program.draw(options.draw)
     return 0
+
+
+def _print_notes(program: Program, file: TextIO) -> None:
+    for note in program.notes:
+        print(f"note: {note}", file=file)
 
 
 def _print_coverage(program: Program, options: argparse.Namespace) -> None:
@@ -83,6 +91,7 @@ def _program(name: str, options: argparse.Namespace) -> Program:
     """A saved program, or the capture of a model on the first batch of --data."""
     if name.endswith(".fxq"):
         return load_program(name)
+    require_model_name(name, "a .fxq file, ")
     if options.data is None:
         raise FxquantError(f"model '{name}'", expected="--data, whose first batch are the example inputs", got="none")
     batches = load_batches(options.data, options.batch_size)
@@ -109,8 +118,18 @@ def diff(options: argparse.Namespace) -> int:
 def quantize(options: argparse.Namespace) -> int:
     """`fxquant quantize`."""
     folder = Path(options.out)
+    check_opset(options.opset)
     pipeline = load_pipeline(options.config)
-    make_folder(folder, file_names("model"))
+    with made_folder(folder, file_names("model")):
+        program = _quantized(pipeline, folder, options)
+    _print_notes(program, sys.stdout)
+    print(f"wrote {', '.join(str(folder / name) for name in file_names('model'))}")
+    print(f"check it: fxquant parity {folder / 'model.onnx'} --data {options.data}")
+    return 0
+
+
+def _quantized(pipeline: Pipeline, folder: Path, options: argparse.Namespace) -> Program:
+    """The finalized program, whose files are written."""
     batches = load_batches(options.data, options.batch_size)
     first, batches = _peek(batches, options.data)
     program = capture(load_model(options.model), first)
@@ -118,11 +137,7 @@ def quantize(options: argparse.Namespace) -> int:
     calibrate(program, batches, max_batches=options.max_batches)
     pipeline.finalize(program)
     write_files(program, folder, opset=options.opset, encodings_version=options.encodings)
-    for note in program.notes:
-        print(f"note: {note}")
-    print(f"wrote {', '.join(str(folder / name) for name in file_names('model'))}")
-    print(f"check it: fxquant parity {folder / 'model.onnx'} --data {options.data}")
-    return 0
+    return program
 
 
 def _peek(batches: Iterable[Batch], name: str) -> tuple[Batch, Iterable[Batch]]:
@@ -149,9 +164,26 @@ def _program_path(options: argparse.Namespace, onnx_path: Path) -> Path:
         raise FxquantError(f"parity: ONNX file '{onnx_path}' does not exist", remedy=remedy)
     named = options.program_place or options.program
     path = Path(named) if named else onnx_path.with_suffix(".fxq")
-    if not path.is_file():
-        raise FxquantError(f"parity: program '{path}' does not exist", remedy="Name it after the ONNX file.")
-    return path
+    if path.is_file():
+        return path
+    if named:
+        remedy = "Check the path and the folder you are in."
+        raise FxquantError(f"parity: program '{path}' does not exist", remedy=remedy)
+    raise _no_program_beside(onnx_path)
+
+
+def _no_program_beside(onnx_path: Path) -> FxquantError:
+    expected = f"the program '{onnx_path.with_suffix('.fxq').name}', which it was lowered from"
+    integer = onnx_path.with_name(f"{onnx_path.name.removesuffix('_float.onnx')}.onnx")
+    if not onnx_path.name.endswith("_float.onnx") or not integer.with_suffix(".fxq").is_file():
+        remedy = "Name it after the ONNX file."
+        return FxquantError(f"parity: no program lies beside '{onnx_path}'", expected=expected, remedy=remedy)
+    return FxquantError(
+        f"parity: no program lies beside '{onnx_path}'",
+        expected=expected,
+        got="the clean float model, for runtimes with a quantizer of their own",
+        remedy=f"Give the integer model: {integer}.",
+    )
 
 
 def parity(options: argparse.Namespace) -> int:

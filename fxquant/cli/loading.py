@@ -19,12 +19,27 @@ from fxquant.graph.batches import Batch
 Model = torch.nn.Module | torch.export.ExportedProgram
 
 
+def require_model_name(name: str, besides: str = "") -> None:
+    """Refuse what names no model, before anything is read; `besides` says what else may stand in its place."""
+    path = Path(name)
+    if path.suffix == ".pt2" or all(name.rpartition(":")):
+        return
+    is_onnx = bool(besides) and path.suffix == ".onnx"
+    raise FxquantError(
+        f"model '{name}'",
+        expected=f"{besides}package.module:callable, file.py:callable or an exported .pt2 file",
+        got=f"a {path.suffix or 'plain'} file" if path.is_file() else name,
+        remedy="An ONNX file holds no program: give the .fxq file beside it." if is_onnx else "",
+    )
+
+
 def load_model(name: str) -> Model:
     """A model from "package.module:callable", "file.py:callable" or an exported "file.pt2"; a callable is called."""
     path = Path(name)
     if path.suffix == ".pt2":
         _require_file(path, "model")
         return _load_exported(path)
+    require_model_name(name)
     found = resolve(name, "model")
     with user_code(f"model '{name}'"):
         model = found() if callable(found) and not isinstance(found, torch.nn.Module) else found

@@ -105,7 +105,10 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--epochs", type=_positive, default=5, help="training epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, split and order (default: %(default)s)")
     parser.add_argument(
-        "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"
+        "--config",
+        type=_named,
+        default="int8_per_channel",
+        help="pipeline: packaged name or path (default: %(default)s)",
     )
     parser.set_defaults(run=commands.demo)
 
@@ -123,7 +126,7 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("program", help=f"a .fxq file, or a model: {MODEL_HELP}")
     _add_data(parser, required=False)
-    parser.add_argument("--config", help="prepare the model with this pipeline before printing")
+    parser.add_argument("--config", type=_named, help="prepare the model with this pipeline before printing")
     parser.add_argument(
         "--passes", action="store_true", help="print what each prepare pass did and declined (needs --config)"
     )
@@ -150,7 +153,7 @@ def _add_diff(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("after", nargs="?", help="a .fxq file")
     _add_data(parser, required=False)
     parser.add_argument(
-        "--config", default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)"
+        "--config", type=_named, default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)"
     )
     parser.add_argument("--pass", dest="pass_name", metavar="PASS", help="name of the pass; without it all of prepare")
     parser.set_defaults(run=commands.diff)
@@ -168,7 +171,10 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("model", help=MODEL_HELP)
     _add_data(parser, required=True)
     parser.add_argument(
-        "--config", default="int8_per_channel", help="pipeline: packaged name or path (default: %(default)s)"
+        "--config",
+        type=_named,
+        default="int8_per_channel",
+        help="pipeline: packaged name or path (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -238,6 +244,12 @@ def _add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--batch-size", type=_positive, default=8, help="samples in a batch cut from files (default: %(default)s)"
     )
     parser.add_argument("--max-batches", type=_positive, help="use no more than so many batches")
+
+
+def _named(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must be the name of a packaged pipeline or a path, is empty")
+    return text
 
 
 def _positive(text: str) -> int:

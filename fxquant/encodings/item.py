@@ -119,7 +119,7 @@ def read_document(path: Path) -> Item:
     """The JSON document in a file; StorageError if it cannot be read, is no JSON, or has a key twice."""
     thing = f"encodings file '{path}'"
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as err:
         got = (err.strerror if isinstance(err, OSError) else None) or str(err)
         raise StorageError(f"{thing} cannot be read", expected="a JSON file (UTF-8)", got=got) from err

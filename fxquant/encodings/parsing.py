@@ -17,6 +17,7 @@ from fxquant.encodings.entry import Entry, Kind, Section
 from fxquant.encodings.formats import SECTIONS, WRITERS, lowest_code
 from fxquant.encodings.item import Item, read_document, require_unique
 from fxquant.numerics.grids import SMALLEST_SCALE
+from fxquant.spec import BIAS_SPEC
 
 FEWEST_BITS, MOST_BITS = 2, 32
 _DTYPE = re.compile(r"(u?)int(\d+)|(?:b?float)(\d+)")
@@ -108,7 +109,7 @@ def _entry_0_6_1(name: str, section: Section, item: Item) -> Entry:
 
 def _grid_0_6_1(grid: Item, bits: int) -> tuple[float, int]:
     steps = (1 << bits) - 1
-    scale, offset = _scale(grid.at("scale")), grid.at("offset").integer(-steps, 0)
+    scale, offset = _scale(grid.at("scale"), bits), grid.at("offset").integer(-steps, 0)
     for key, code in (("min", offset), ("max", offset + steps)):
         said = grid.maybe(key)
         if said is not None and abs(said.number() - code * scale) > _RANGE_SLACK * scale:
@@ -135,7 +136,7 @@ def _entry_1_0_0(name: str, section: Section, item: Item) -> Entry:
     if item.at("dtype").text(("INT", "FLOAT")) == "FLOAT":
         return Entry(name, section, bits, is_float=True, place=item.path)
     kind = Kind(item.at("enc_type").text(tuple(kind.value for kind in Kind)))
-    scales = [_scale(scale) for scale in item.at("scale").items()]
+    scales = [_scale(scale, bits) for scale in item.at("scale").items()]
     offsets = [offset.integer(1 - (1 << bits), 0) for offset in item.at("offset").items()]
     _require_lengths(item.at("scale"), scales, offsets)
     block = item.at("block_size").integer(1, 2**31) if kind is Kind.PER_BLOCK else None
@@ -186,7 +187,7 @@ def _entry_2_0_0(name: str, item: Item) -> Entry:
         Section.ALL,
         bits,
         is_signed=is_signed,
-        scales=tuple(_scale(scale) for scale in scales),
+        scales=tuple(_scale(scale, bits) for scale in scales),
         offsets=_offsets_2_0_0(item, bits, is_signed, shape, len(scales)),
         shape=shape,
         axis=None if axis is None else axis.integer(-64, 63),
@@ -213,11 +214,12 @@ def _offsets_2_0_0(item: Item, bits: int, is_signed: bool, shape: tuple[int, ...
     return tuple(lowest - point.integer(lowest, lowest + (1 << bits) - 1) for point in points)
 
 
-def _scale(item: Item) -> float:
-    """A scale, rounded to float32 as it is used."""
+def _scale(item: Item, bits: int) -> float:
+    """A scale, rounded to float32 as it is used; a bias's is the product of two others."""
     found = float(torch.tensor(item.number(), dtype=torch.float64).to(torch.float32))
-    if not SMALLEST_SCALE <= found < float("inf"):
-        raise item.refuse(f"a finite float32 scale above 0 (at least {SMALLEST_SCALE:.3g})")
+    smallest = SMALLEST_SCALE**2 if bits == BIAS_SPEC.bits else SMALLEST_SCALE
+    if not smallest <= found < float("inf"):
+        raise item.refuse(f"a finite float32 scale above 0 (at least {smallest:.3g})")
     return found
 
 

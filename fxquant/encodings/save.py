@@ -20,8 +20,10 @@ VERSIONS = tuple(WRITERS)
 def save_encodings(program: Program, path: str | os.PathLike[str], version: str = "1.0.0") -> None:
     """Write the grids of every quantized value, parameter and bias of a calibrated or finalized program.
 
-    Tensors are called as in the clean float model (`sim.export`): parameters by their state_dict paths. A value that
-    shares a grid has an entry too; one whose FakeQuant is off has none. The file is put in place whole.
+    Tensors are called as in the clean float model (`sim.export`): parameters by their state_dict paths, but for one
+    whose path is also an output's or another value's name, which keeps it: in both files the parameter then has its
+    node's name ("weight.1" beside an output "weight"). A value that shares a grid has an entry too; one whose FakeQuant
+    is off has none. The file is put in place whole.
 
     Arguments:
         program: never changed; grids that follow weights are written as the weights are now.

@@ -15,18 +15,17 @@ from typing import Any
 from torch import fx
 
 from fxquant.graph.constants import Constants
-from fxquant.graph.float_reasons import float_reason
-from fxquant.graph.islands import Island, islands
+from fxquant.graph.float_reasons import FOLLOWS, float_reason, operation_reason
+from fxquant.graph.islands import Island, IslandMap
 from fxquant.graph.program import FAKE_QUANTS, Program, Stage, input_slots, input_spec, output_spec, value_type
 from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
 from fxquant.ops.base import OpDef
 from fxquant.ops.table import TABLE
-from fxquant.spec import BIAS_SPEC, Encoding, QuantSpec
+from fxquant.spec import BIAS_SPEC, PER_TENSOR, Encoding, QuantSpec
 
 NOT_YET = "not yet"
 NO_RULE = "no rule recorded"
 _NAMED = 6  # islands that the summary names
-_BIAS_RULE = "its layer's input and weight"
 
 
 class ValueKind(Enum):
@@ -68,13 +67,13 @@ class GridSummary:
     def __str__(self) -> str:
         one = self.scales == 1
         scale = (
-            f"scale={self.scale_low:.6g}"
+            f"scale={self.scale_low:.4g}"
             if one
-            else f"{self.scales} scales {self.scale_low:.6g}..{self.scale_high:.6g}"
+            else f"{self.scales} scales {self.scale_low:.4g}..{self.scale_high:.4g}"
         )
         single = self.zero_point_low == self.zero_point_high
         zero_point = f"{self.zero_point_low}" if single else f"{self.zero_point_low}..{self.zero_point_high}"
-        return f"{scale} zp={zero_point} [{self.min:.6g}, {self.max:.6g}]"
+        return f"{scale} zp={zero_point} [{self.min:.4g}, {self.max:.4g}]"
 
 
 @dataclass(frozen=True)
@@ -176,6 +175,8 @@ class CoverageReport:
         weights = kinds[ValueKind.WEIGHT] + kinds[ValueKind.CONSTANT]
         counts = f"{_counted(activations, 'activation')}, {_counted(weights, 'weight')}"
         biases = f"{kinds[ValueKind.BIAS]} bias{'' if kinds[ValueKind.BIAS] == 1 else 'es'}"
+        grids = sum(row.kind is ValueKind.BIAS for row in self.quantized)
+        biases += f" in {grids} grids" if grids > kinds[ValueKind.BIAS] else ""
         line = f"{_counted(len(values), 'value')} quantized ({counts}, {biases})"
         if self.operations is None or self.float_islands is None:
             return f"{line}; operations are known once fake quantizers are inserted (stage {self.stage})"
@@ -198,7 +199,7 @@ class CoverageReport:
         }
 
     def __str__(self) -> str:
-        head = ("value", "kind", "module", "spec", "encoding", "mode", "why")
+        head = ("value", "kind", "spec", "encoding", "mode", "why")
         lines = [head, *(_cells(row) for row in self.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
         lines.insert(1, tuple("-" * width for width in widths))
@@ -220,9 +221,9 @@ def _named(found: Sequence[FloatIsland]) -> str:
 
 
 def _cells(row: CoverageRow) -> tuple[str, ...]:
-    spec = "-" if row.spec is None else str(row.spec)
+    spec = "-" if row.spec is None else str(row.spec).replace(f" {PER_TENSOR}", "")
     grid = str(row.grid) if row.grid is not None else "-" if row.spec is None else NOT_YET
-    return row.value, row.kind.value, row.module or "-", spec, grid, row.mode or "-", row.why
+    return row.value, row.kind.value, spec, grid, row.mode or "-", row.why
 
 
 def coverage(program: Program) -> CoverageReport:
@@ -231,14 +232,14 @@ def coverage(program: Program) -> CoverageReport:
     rows = tuple(row for node in program.graph.nodes if reading.is_value(node) for row in reading.rows(node))
     if program.stage < Stage.INSERTED:
         return CoverageReport(program.name, program.stage, rows, None, None)
-    found = islands(program)
-    operations = tuple(node.name for node, island in found.items() if island is Island.INTEGER)
-    in_float = [node for node, island in found.items() if island is Island.FLOAT]
-    return CoverageReport(program.name, program.stage, rows, operations, tuple(_connected(program, in_float)))
+    known = IslandMap(program)
+    operations = tuple(node.name for node, island in known.found.items() if island is Island.INTEGER)
+    return CoverageReport(program.name, program.stage, rows, operations, tuple(_connected(program, known)))
 
 
-def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[FloatIsland]:
-    """Groups of nodes that read each other."""
+def _connected(program: Program, known: IslandMap) -> Iterator[FloatIsland]:
+    """Groups of nodes in float that read each other."""
+    nodes = [node for node, island in known.found.items() if island is Island.FLOAT]
     group_of: dict[fx.Node, list[fx.Node]] = {}
     for node in nodes:
         merged = [node]
@@ -250,7 +251,7 @@ def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[FloatIsla
     order = {node: index for index, node in enumerate(nodes)}
     for group in {id(group): group for group in group_of.values()}.values():
         members = sorted(group, key=order.__getitem__)
-        reasons = [node.meta.get("float_reason") or float_reason(program, node) for node in members]
+        reasons = [operation_reason(program, known, node) for node in members]
         yield FloatIsland(tuple(node.name for node in members), tuple(dict.fromkeys(reasons)))
 
 
@@ -273,7 +274,9 @@ class _Reading:
         quantized = [*self._quantizers(value, kind, module)]
         if not quantized and self.program.stage < Stage.INSERTED:
             quantized = [*self._wanted(value, kind, module)]
-        yield from quantized or [CoverageRow(value.name, kind, module, reason=float_reason(self.program, value))]
+        yield from quantized or [
+            CoverageRow(value.name, kind, module, reason=float_reason(self.program, value, self.constants))
+        ]
 
     def _kind(self, value: fx.Node) -> ValueKind:
         if value.op == "placeholder":
@@ -299,7 +302,7 @@ class _Reading:
                 continue
             if isinstance(called, BiasFakeQuant):
                 spec, grid = _bias_grid(called)
-                yield CoverageRow(value.name, kind, module, spec, grid, "follows", _BIAS_RULE)
+                yield CoverageRow(value.name, kind, module, spec, grid, "follows", _bias_rule(value, user))
             elif isinstance(called, FakeQuant):
                 grid = GridSummary.of(called.encoding) if called.has_encoding else None
                 owner = str(user.target).removeprefix(f"{FAKE_QUANTS}.") if not user.kwargs.get("observe", True) else ""
@@ -319,6 +322,12 @@ def _bias_grid(module: BiasFakeQuant) -> tuple[QuantSpec, GridSummary | None]:
         return BIAS_SPEC, None
     encoding = module.encoding
     return encoding.spec, GridSummary.of(encoding)
+
+
+def _bias_rule(bias: fx.Node, quantizer: fx.Node) -> str:
+    """What gave a bias its grid; a layer that is called several times, or a shared bias, has one for each call."""
+    calls = dict.fromkeys(user.name for user in quantizer.users)
+    return "its layer's input and weight" if len(bias.users) == 1 else f"input and weight of {', '.join(calls)}"
 
 
 def _readers(value: fx.Node) -> Iterator[tuple[fx.Node, int]]:
@@ -344,10 +353,37 @@ def _slots(value: fx.Node) -> list[tuple[fx.Node, int]]:
 
 
 def _rule_of(value: fx.Node, read: fx.Node, spec: QuantSpec | None = None) -> str:
-    """The rule that wants `value` (with `spec`, if given): for its own output, else by those who read it as `read`."""
-    own = output_spec(value)
-    if own is not None and spec in (None, own):
-        return str(value.meta.get("rule", NO_RULE))
+    """The rule that wants `value` (with `spec`, if given): for its own output, else by those who read it as `read`.
+
+    What follows an input that is in float, or is read by what follows it, is quantized because of those who read on.
+    """
+    own, said = output_spec(value), str(value.meta.get("rule", NO_RULE))
+    is_own = own is not None and spec in (None, own)
+    if is_own and not (said.startswith(FOLLOWS) and _follows_float(value)):
+        return said
+    asked = _asked_by(read, spec)
+    return ", ".join(asked) or (said if is_own else NO_RULE)
+
+
+def _follows_float(value: fx.Node) -> bool:
+    """Whether what `value` is made of was left in float, so that there is nothing to follow."""
+    return all(source.meta.get("float_reason") for source in input_slots(value))
+
+
+def _asked_by(read: fx.Node, spec: QuantSpec | None = None) -> list[str]:
+    """The rules of those who read a value (with `spec`, if given); where all only follow it, of those who read them."""
     asked = [(user, slot) for user, slot in _slots(read) if spec in (None, input_spec(user, slot))]
-    rules = [user.meta.get("input_rules", {}).get(slot, "") for user, slot in asked]
-    return ", ".join(dict.fromkeys(filter(None, rules))) or NO_RULE
+    rules = {(user, slot): user.meta.get("input_rules", {}).get(slot, "") for user, slot in asked}
+    firm = [rule.removeprefix(f"{FOLLOWS}: ") for rule in rules.values() if rule not in ("", FOLLOWS)]
+    behind = (rule for user, _ in rules if not firm for value in _made_by(user) for rule in _asked_by(value))
+    return list(dict.fromkeys((*firm, *behind))) or list(dict.fromkeys(filter(None, rules.values())))
+
+
+def _made_by(operation: fx.Node) -> Iterator[fx.Node]:
+    """What an operation's readers read: its value or the quantizers of that, also in parts."""
+    if value_type(operation) is None:
+        for part in operation.users:
+            yield from _made_by(part)
+        return
+    yield operation
+    yield from (user for user in operation.users if str(user.target).startswith(f"{FAKE_QUANTS}."))

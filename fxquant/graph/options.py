@@ -13,7 +13,7 @@ from enum import Enum
 from functools import cache
 from typing import Any, get_args, get_origin
 
-from fxquant.errors import ConfigError, FxquantError, PassError, nearest
+from fxquant.errors import ConfigError, FxquantError, PassError, clipped, nearest
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): "nothing"}
 
@@ -50,7 +50,7 @@ def decode_dataclass(kind: type[Any], value: Any, place: str) -> Any:
     accepted = option_types(kind)
     for key in value:
         if key not in accepted:
-            raise ConfigError(f"unknown key '{key}'", place=place, remedy=nearest(str(key), accepted))
+            raise ConfigError(f"unknown key '{clipped(str(key))}'", place=place, remedy=nearest(str(key), accepted))
     missing = [item.name for item in fields(kind) if item.init and _is_required(item) and item.name not in value]
     if missing:
         raise ConfigError(f"key '{missing[0]}' is missing", place=place, expected=f"a {kind.__name__} with it")
@@ -172,7 +172,7 @@ def _is_default(item: Any, value: Any) -> bool:
 
 
 def _wrong(place: str, expected: str, value: Any) -> ConfigError:
-    got = "nothing" if value is None else f"{_described(value)} {value!r}"
+    got = "nothing" if value is None else f"{_described(value)} {clipped(repr(value))}"
     return ConfigError("wrong type", place=place, expected=expected, got=got)
 
 
@@ -214,7 +214,9 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
 def _decode_choice(value: Any, choices: dict[Any, Any], place: str) -> Any:
     found = next((choices[key] for key in choices if key == value and type(key) is type(value)), None)
     if found is None:
-        raise ConfigError(f"unknown value {value!r}", place=place, remedy=nearest(str(value), map(str, choices)))
+        raise ConfigError(
+            f"unknown value {clipped(repr(value))}", place=place, remedy=nearest(str(value), map(str, choices))
+        )
     return found
 
 
@@ -233,4 +235,7 @@ def _decode_dict(kinds: tuple[Any, ...], value: Any, place: str) -> dict[Any, An
     if not isinstance(value, Mapping):
         raise _wrong(place, "a table", value)
     key_kind, item_kind = kinds
-    return {decode(key_kind, key, place): decode(item_kind, item, f"{place}.{key}") for key, item in value.items()}
+    return {
+        decode(key_kind, key, place): decode(item_kind, item, f"{place}.{clipped(str(key))}")
+        for key, item in value.items()
+    }

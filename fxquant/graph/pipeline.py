@@ -94,12 +94,16 @@ class Pipeline:
 
             load_pipeline("int8_per_channel").override(activation=SpecOverride(estimator="mse"))
 
-        Raises ConfigError if no pass has such an option, SpecError if the result is no QuantSpec.
+        Raises ConfigError if no pass has such an option, or if one has that decides a field by another option (the
+        symmetry by the sections of a placement file); SpecError if the result is no QuantSpec.
         """
         wanted = {"activation": activation, "weight": weight}
         given = {name: change for name, change in wanted.items() if change is not None}
         if not given:
             return self
+        for item in self.prepare_passes:
+            if isinstance(item, ChecksOverride):
+                item.check_override(given)
         passes = [_overridden(item, given) for item in self.prepare_passes]
         for name in given:
             if not any(isinstance(getattr(item, name, None), QuantSpec) for item in passes):
@@ -165,6 +169,14 @@ class ReadsPlacement(Protocol):
 
     def with_file(self, text: str, file: str) -> Pass:
         """The same pass, as the text of a file says; `file` names it in messages. Raises ConfigError."""
+
+
+@runtime_checkable
+class ChecksOverride(Protocol):
+    """A pass that decides fields of its `activation` or `weight` by other options."""
+
+    def check_override(self, given: Mapping[str, SpecOverride]) -> None:
+        """Refuse a change, by the option's name, that would have no effect. Raises ConfigError."""
 
 
 def _with_placement(text: str, name: str, place: str) -> Pipeline:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from fxquant.graph.coverage import CoverageReport
 
 FAKE_QUANTS = "fake_quants"
+_HISTORY = re.compile(rf"{FAKE_QUANTS}\..+\.(estimator\..+|scale_floor)")
 
 
 class Stage(IntEnum):
@@ -280,12 +282,17 @@ class Program:
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file lowered from it carries it."""
+        """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file lowered from it carries it.
+
+        What led to a grid (estimators' statistics, floors for biases) does not count: equal grids are equal codes.
+        """
         digest = hashlib.sha256()
         digest.update(json.dumps(graph_to_records(self.graph), sort_keys=True, default=str).encode())
         for node, module in self.fake_quant_nodes():
-            digest.update(f"{node.name}:{module.spec!r}".encode())
+            digest.update(f"{node.name}:{module.spec!r}:{module.mode is Mode.OFF}".encode())
         for key, tensor in sorted(self.module.state_dict().items()):
+            if _HISTORY.fullmatch(key):
+                continue
             raw = tensor.detach().cpu().contiguous().flatten()
             digest.update(f"{key}:{raw.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")

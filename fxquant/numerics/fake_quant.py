@@ -69,7 +69,7 @@ class FakeQuant(nn.Module):
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Compute the grid that covers [low, high] under the spec."""
-        scale, zero_point = grid_for_range(low, high, self.spec)
+        scale, zero_point = grid_for_range(low, high, self.spec, is_weight=self.follows)
         self.scale.copy_(torch.maximum(scale, self.scale_floor))
         self.zero_point.copy_(zero_point)
 
@@ -129,7 +129,8 @@ class FakeQuant(nn.Module):
         """`x` quantized within a range of the moment, the grid left as it is; `x` itself if the range is not finite."""
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             return x
-        grid = [along_axis(part, self.spec.granularity, x.ndim) for part in grid_for_range(low, high, self.spec)]
+        found = grid_for_range(low, high, self.spec, is_weight=self.follows)
+        grid = [along_axis(part, self.spec.granularity, x.ndim) for part in found]
         return fake_quantize(x, grid[0], grid[1], self.spec.qmin, self.spec.qmax)
 
     def grid_for(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

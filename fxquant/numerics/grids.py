@@ -15,13 +15,19 @@ from fxquant.spec import QuantSpec
 
 SMALLEST_SCALE = 2.0**-60  # the product of two such scales is still a normal float32
 # A tensor that is 0 everywhere is exact at any scale. A weight's (symmetric) is the smallest, then raised to what its
-# bias needs: at 1.0 the bias of a channel without weights would be rounded to steps of the input's scale.
+# bias needs: at 1.0 the bias of a channel without weights would be rounded to steps of the input's scale. An
+# activation's is not: the scale of a float bias that onnxruntime quantizes itself has nothing that raises it.
 CONSTANT_ZERO_SCALE = 1.0
 _MOST_ULPS = 4
 
 
-def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale (float32) and zero point (int64), of the shape of `low` and `high`, for a spec of up to 16 bits."""
+def grid_for_range(
+    low: torch.Tensor, high: torch.Tensor, spec: QuantSpec, *, is_weight: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32) and zero point (int64), of the shape of `low` and `high`, for a spec of up to 16 bits.
+
+    `is_weight` decides the scale of a range that is 0 alone.
+    """
     low64, high64 = _within_limits(low.double(), high.double(), spec)
     zero_point = spec.fixed_zero_point
     if zero_point is None:
@@ -30,7 +36,8 @@ def grid_for_range(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tu
     below, above = zero_point - spec.qmin, spec.qmax - zero_point
     need_below = -low64 / below if below else torch.zeros_like(low64)
     need_above = high64 / above if above else torch.zeros_like(high64)
-    scale = _positive(torch.maximum(need_below, need_above), SMALLEST_SCALE if spec.symmetric else CONSTANT_ZERO_SCALE)
+    instead_of_zero = SMALLEST_SCALE if spec.symmetric and is_weight else CONSTANT_ZERO_SCALE
+    scale = _positive(torch.maximum(need_below, need_above), instead_of_zero)
     return scale, torch.full_like(scale, zero_point, dtype=torch.int64)
 
 

@@ -11,10 +11,10 @@ import sys
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, get_args, get_origin
 
-from fxquant.errors import ConfigError, FxquantError, nearest
+from fxquant.errors import ConfigError, FxquantError, clipped, nearest
 from fxquant.graph.options import option_types
 from fxquant.placement.sections import Sections
 
@@ -56,29 +56,49 @@ def _parse(text: str, file: str) -> Any:
         expected = f"an object with the sections {', '.join(REQUIRED)}"
         raise ConfigError("placement file is empty", place=file, expected=expected, got="nothing")
     try:
-        return json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, file), parse_constant=_no_constant)
+        return _plain(json.loads(text, object_pairs_hook=_Pairs, parse_constant=_Constant), file, "")
     except json.JSONDecodeError as err:
         place = f"{file}: line {err.lineno}, column {err.colno}"
         raise ConfigError("placement file is not JSON", place=place, expected="JSON", got=err.msg) from err
     except RecursionError as err:
         raise ConfigError("placement file is nested too deeply", place=file, expected="six sections") from err
-    except ValueError as err:
+    except ValueError as err:  # an integer of more digits than Python reads
         raise ConfigError("placement file is not JSON", place=file, expected="finite numbers", got=str(err)) from err
 
 
-def _object(pairs: list[tuple[str, Any]], file: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Pairs:
+    """An object as the file has it: a key may be there twice."""
+
+    pairs: list[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Constant:
+    """A number that Python reads and JSON does not have."""
+
+    name: str
+
+
+def _plain(value: Any, file: str, path: str) -> Any:
+    """What was parsed as dicts, lists and finite numbers; the rest is refused where it stands."""
+    if isinstance(value, _Constant):
+        place = _place(file, path)
+        raise ConfigError("placement file is not JSON", place=place, expected="finite numbers", got=value.name)
+    if isinstance(value, list):
+        return [_plain(item, file, f"{path}[{index}]") for index, item in enumerate(value)]
+    if not isinstance(value, _Pairs):
+        return value
     found: dict[str, Any] = {}
-    for key, value in pairs:
+    for key, item in value.pairs:
+        plain = _plain(item, file, _join(path, key))
         if key in found:
-            got = f"two, {json.dumps(found[key])[:60]} and {json.dumps(value)[:60]}"
+            got = f"two, {json.dumps(found[key])[:60]} and {json.dumps(plain)[:60]}"
             remedy = "Keep one of them; JSON readers would drop the first."
-            raise ConfigError(f"key '{key}' is there twice", place=file, expected="one", got=got, remedy=remedy)
-        found[key] = value
+            thing = f"key '{clipped(key)}' is there twice"
+            raise ConfigError(thing, place=_place(file, path), expected="one", got=got, remedy=remedy)
+        found[key] = plain
     return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(name)
 
 
 def _read(kind: Any, value: Any, file: str, path: str) -> Any:
@@ -110,7 +130,7 @@ def _record(kind: type[Any], value: Mapping[str, Any], file: str, path: str) -> 
     for key in value:
         if key not in accepted:
             raise ConfigError(
-                f"unknown key '{key}'", place=_place(file, _join(path, key)), remedy=nearest(key, accepted)
+                f"unknown key '{clipped(key)}'", place=_place(file, _join(path, key)), remedy=nearest(key, accepted)
             )
     required = [item.name for item in fields(kind) if item.default is MISSING and item.default_factory is MISSING]
     for name in required:
@@ -163,4 +183,4 @@ def _place(file: str, path: str) -> str:
 
 
 def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+    return f"{path}.{clipped(key)}" if path else clipped(key)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import fx
@@ -36,7 +36,8 @@ class Rule:
         op: our name of an operation, or an ONNX operator type ("linear", "Conv").
         module: regular expression for the whole module path ("layer4\\..*").
         node: a node's name; an input's too.
-        quantize: False leaves the node in float, True takes it back from a less specific rule.
+        quantize: False leaves the node in float, True takes it back from a less specific rule. What only moves or joins
+            codes has no float kernel to run: left in float, neither it nor its value is on a grid.
         activation: what to change of the spec of its inputs and output.
         weight: what to change of the spec of its weight.
         input: what to change of the spec of its inputs alone.
@@ -185,19 +186,16 @@ def settle(node: fx.Node, definition: OpDef | None, rules: Sequence[Rule], base:
     Raises ConfigError, naming both places, where two of them contradict each other, and where a spec that they make is
     none.
     """
-    matching = [(index, rule) for index, rule in enumerate(rules) if rule.matches(node, definition)]
+    matching = _matching(node, definition, rules)
     if not matching:
         return base
-    said = [
-        Setting("quantize", rule.quantize, index, (rule.specificity, 0))
-        for index, rule in matching
-        if rule.quantize is not None
-    ]
-    winners = _winners(said, rules, node, "")
+    winners = _quantize_winners(node, matching, rules)
     quantize = winners[0].value if winners else base.quantize
     by = Source(describe_rules(rules, winners), winners) if winners else base.quantize_by
     if not quantize:  # of a node in float no spec is asked
         return Decision(False, base.input, base.output, base.weight, by)
+    if winners:
+        base = Decision(True, _turned_on(base.input, by), _turned_on(base.output, by), _turned_on(base.weight, by))
     return Decision(
         True,
         _chosen(node, matching, rules, "input", base.input),
@@ -205,6 +203,35 @@ def settle(node: fx.Node, definition: OpDef | None, rules: Sequence[Rule], base:
         _chosen(node, matching, rules, "weight", base.weight),
         by,
     )
+
+
+def settle_output(node: fx.Node, definition: OpDef | None, rules: Sequence[Rule], base: Choice) -> Choice:
+    """What the rules make of the spec of a node's output alone; see `settle`."""
+    matching = _matching(node, definition, rules)
+    winners = _quantize_winners(node, matching, rules)
+    if winners and not winners[0].value:
+        return base
+    return _chosen(node, matching, rules, "output", base)
+
+
+def _matching(node: fx.Node, definition: OpDef | None, rules: Sequence[Rule]) -> list[tuple[int, Rule]]:
+    return [(index, rule) for index, rule in enumerate(rules) if rule.matches(node, definition)]
+
+
+def _quantize_winners(
+    node: fx.Node, matching: Sequence[tuple[int, Rule]], rules: Sequence[Rule]
+) -> tuple[Setting, ...]:
+    said = [
+        Setting("quantize", rule.quantize, index, (rule.specificity, 0))
+        for index, rule in matching
+        if rule.quantize is not None
+    ]
+    return _winners(said, rules, node, "")
+
+
+def _turned_on(choice: Choice, by: Source) -> Choice:
+    """What is quantized because a rule says so is that rule's choice, whoever decided its spec."""
+    return replace(choice, by=replace(choice.by, text=by.text))
 
 
 def _chosen(
@@ -282,8 +309,9 @@ def _text(value: Any) -> str:
 
 
 def describe_rules(rules: Sequence[Rule], winners: Sequence[Setting]) -> str:
-    """The rules of these settings in words: "op 'Conv' (rules[0]), node 'conv1' (rules[3])"."""
-    return ", ".join(f"{rules[index]} ({rule_place(index)})" for index in sorted({item.rule for item in winners}))
+    """The rules of these settings in words, with the file where known: "op 'Conv' (rules[0]), node 'c' (rules[3])"."""
+    indices = sorted({item.rule for item in winners})
+    return ", ".join(f"{rules[index]} ({rules[index].place or rule_place(index)})" for index in indices)
 
 
 def rule_place(index: int) -> str:

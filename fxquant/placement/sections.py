@@ -16,7 +16,8 @@ from typing import Literal
 
 import onnx.defs
 
-from fxquant.errors import ConfigError, nearest
+from fxquant.errors import ConfigError, clipped, nearest
+from fxquant.limits import bound_text, check_bound
 from fxquant.ops.table import TABLE
 
 # Types that AIMET's files name and ONNX does not have.
@@ -64,14 +65,20 @@ class SupportedKernel:
 
 @dataclass(frozen=True)
 class EncodingConstraints:
-    """The range of an operation's output: [min, max] fixed, or no value below `min`."""
+    """The range of an operation's output: [min, max] fixed, or no value below `min`. 0 is always in it."""
 
     min: float
     max: float | None = None
 
     def __post_init__(self) -> None:
+        bounds = [bound for bound in (self.min, self.max) if bound is not None]
+        for bound in bounds:
+            check_bound(bound, "encoding_constraints")
+        shown = f"[{self.min:g}, {bound_text(self.max)}]"
         if self.max is not None and self.min >= self.max:
-            raise ConfigError("encoding_constraints", expected="min < max", got=f"[{self.min:g}, {self.max:g}]")
+            raise ConfigError("encoding_constraints", expected="min < max", got=shown)
+        if self.min > 0 or (self.max is not None and self.max < 0):
+            raise ConfigError("encoding_constraints", expected="a range that holds 0, as every grid does", got=shown)
 
 
 @dataclass(frozen=True)
@@ -171,27 +178,28 @@ class Sections:
     def __post_init__(self) -> None:
         _check_params(self.params, "params")
         for name, entry in self.op_type.items():
-            _check_type(name, f"op_type.{name}")
+            _check_type(name, f"op_type.{clipped(name)}")
             _check_params(entry.params, f"op_type.{name}.params")
         for index, group in enumerate(self.supergroups):
             for position, name in enumerate(group.op_list):
                 _check_type(name, f"supergroups[{index}].op_list[{position}]")
         for index, name in enumerate(self.supergroup_pass_list):
             if name not in _WHOLE_OPS:
-                thing = f"supergroup_pass_list[{index}]: '{name}' is unknown"
+                thing = f"supergroup_pass_list[{index}]: '{clipped(name)}' is unknown"
                 raise ConfigError(thing, remedy=nearest(name, _WHOLE_OPS))
 
 
 def _check_type(name: str, path: str) -> None:
     if name not in known_types():
-        raise ConfigError(f"{path}: operator type '{name}' is unknown", remedy=_suggest(name, known_types()))
+        raise ConfigError(f"{path}: operator type '{clipped(name)}' is unknown", remedy=_suggest(name, known_types()))
 
 
 def _check_params(params: Iterable[str], path: str) -> None:
     for name in params:
         if not _PARAMETER.fullmatch(name):
             remedy = nearest(name, ("weight", "bias", "running_mean", "running_var", "weight_ih", "bias_hh"))
-            raise ConfigError(f"{path}.{name}: parameter '{name}' is unknown", remedy=remedy)
+            thing = f"{path}.{clipped(name)}: parameter '{clipped(name)}' is unknown"
+            raise ConfigError(thing, remedy=remedy)
 
 
 def _suggest(name: str, accepted: Iterable[str]) -> str:

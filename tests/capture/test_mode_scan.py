@@ -117,6 +117,25 @@ def test_capture_lists_what_the_eval_mode_loses(case: str) -> None:
     assert [note for note in program.notes if note.kind is NoteKind.LOST_IN_EVAL]
 
 
+constant = torch.tensor([1.0, 2.0])
+
+
+class NamesakeOfGlobal(Base):
+    """An attribute that is called as a tensor among the module's globals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.constant = 1.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.fc(x) + self.constant
+        return found
+
+
+def test_tensors_among_globals_do_not_disturb_the_scan() -> None:
+    assert not may_depend_on_mode(NamesakeOfGlobal().train())
+
+
 def test_plain_models_are_not_exported_twice() -> None:
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.GELU(), nn.Flatten())
     assert not may_depend_on_mode(plain)

@@ -195,7 +195,25 @@ def test_show_prints_the_coverage_of_a_model_under_a_config(folder: Path, capsys
     arguments = ["show", "model.py:make_net", "--data", "images.npy", "--config", "mine.toml", "--coverage"]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "not yet" in printed and "float: excluded by rule op 'Gemm' (rules[0])" in printed
+    assert "not yet" in printed and "float: excluded by rule op 'Gemm' (mine.toml: prepare[" in printed
+
+
+@pytest.mark.parametrize("extra", [[], ["--coverage"], ["--coverage", "--json", "-"]])
+def test_show_tells_which_rules_decided_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
+) -> None:
+    rule = 'rules = [{ op = "Softmax", quantize = false }]'
+    text = (resources.files("fxquant.configs") / "int8_per_channel.toml").read_text()
+    (folder / "mine.toml").write_text(text.replace('pass = "assign-specs"', f'pass = "assign-specs"\n{rule}'))
+    assert main(["show", "model.py:make_net", "--data", "images.npy", "--config", "mine.toml", *extra]) == 0
+    main(["quantize", "model.py:make_net", "--data", "images.npy", "--config", "mine.toml", "--out", "out"])
+    first = capsys.readouterr()
+    assert main(["show", "out/model.fxq", *extra]) == 0
+    second = capsys.readouterr()
+    for printed in (first, second):
+        notes = [line for line in (printed.err if "-" in extra else printed.out).splitlines() if "Softmax" in line]
+        assert any(line.startswith("note: other: mine.toml: prepare[") for line in notes)
+    assert json.loads(second.out) if "-" in extra else second.out
 
 
 def test_show_refuses_json_without_coverage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +253,12 @@ def test_diff_shows_what_a_pass_changed_and_what_two_programs_differ_in(
         (["show", "absent.fxq"], "absent.fxq"),
         (["diff", "absent.fxq"], "two .fxq files"),
         (["show", "model.py:make_net"], "--data"),
+        (
+            ["show", "images.npy"],
+            "expected a .fxq file, package.module:callable, file.py:callable or an exported .pt2 file",
+        ),
+        (["show", "net.onnx"], "give the .fxq file beside it"),
+        (["diff", "images.npy"], "got a .npy file"),
     ],
 )
 def test_wrong_input_is_one_line_that_says_what_was_expected(

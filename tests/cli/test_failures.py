@@ -98,6 +98,40 @@ def test_output_folder_is_refused_before_any_work(
     assert expected in failure(capsys, "demo", "--out", out)
 
 
+@pytest.mark.parametrize("opset", ["12", "99"])
+def test_opset_is_refused_before_any_work(
+    folder: Path, opset: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(commands, "load_model", lambda *_: pytest.fail("worked"))
+    arguments = ["quantize", "m.py:make", "--data", "d.npy", "--opset", opset, "--out", "o"]
+    assert "export: opset; expected an opset from 13 to" in failure(capsys, *arguments)
+    assert not (folder / "o").exists()
+
+
+@pytest.mark.parametrize("wrong", [["m.py:broken", "--data", "d.npy"], ["m.py:make", "--data", "absent.npy"]])
+def test_quantize_that_fails_leaves_no_folder_of_its_own(
+    folder: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "old").mkdir()
+    failure(capsys, "quantize", *wrong, "--out", "new/below")
+    failure(capsys, "quantize", *wrong, "--out", "old/below")
+    failure(capsys, "quantize", *wrong, "--out", "old")
+    assert not (folder / "new").exists() and (folder / "old").is_dir() and not any((folder / "old").iterdir())
+
+
+def test_parity_of_the_clean_float_model_names_the_integer_one(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", "m.py:make", "--data", "d.npy", "--out", "o"]) == 0
+    capsys.readouterr()
+    error = failure(capsys, "parity", "o/model_float.onnx", "--data", "d.npy")
+    assert "no program lies beside 'o/model_float.onnx'" in error and "clean float model" in error
+    assert error.endswith("Give the integer model: o/model.onnx.\n")
+    (folder / "o" / "model.onnx").rename(folder / "other.onnx")
+    error = failure(capsys, "parity", "other.onnx", "--data", "d.npy")
+    assert "no program lies beside 'other.onnx'; expected the program 'other.fxq'" in error
+
+
 def test_demo_refuses_an_unknown_config_before_it_trains(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,6 +177,14 @@ def test_opset_and_version_are_readable(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as stop:
         make_parser().parse_args(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out == f"fxquant {fxquant.__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "show m", "diff m", "quantize m --data d --out o"])
+def test_empty_config_is_refused_where_it_is_given(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        make_parser().parse_args([*command.split(), "--config", ""])
+    assert stop.value.code == 2
+    assert "--config: must be the name of a packaged pipeline or a path, is empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fails", [".onnx", ".fxq"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxquant
@@ -20,7 +22,9 @@ from fxquant.errors import ConfigError
 from fxquant.lowering.clean import export_clean
 from fxquant.numerics.fake_quant import Mode
 from fxquant.sim import file_names, write_files
+from fxquant.spec import QuantSpec
 from tests.encodings.nets import CASES, calibrated, finalized, net
+from tests.helpers import Builder, aten
 
 
 def _outputs(path: Path, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
@@ -78,6 +82,48 @@ def test_parameter_with_two_grids_has_a_tensor_for_each(tmp_path: Path) -> None:
     export_clean(program, tmp_path / "float.onnx")
     copies = {n.output[0]: n.input[0] for n in onnx.load(tmp_path / "float.onnx").graph.node if n.op_type == "Identity"}
     assert copies["body_0_bias_fq_1"] == "body.0.bias"
+
+
+class Collisions(nn.Module):
+    """Outputs called like a parameter and like a value; a parameter whose path is a value's name; a value twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.weight, self.relu = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        y = torch.relu(self.layer(x))
+        z = torch.sigmoid(y @ self.weight)
+        return {"weight": z @ self.relu, "again": y, "once more": y, "sigmoid": z @ z.mT}
+
+
+def test_tensors_that_would_be_called_alike_have_names_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Collisions().eval(), torch.randn(2, 8)
+    sim = QuantSim(model, x)
+    sim.compute_encodings([x], progress=False)
+    sim.export(tmp_path)
+    found = onnx.load(tmp_path / "model_float.onnx")
+    assert [item.name for item in found.graph.output] == ["weight", "again", "once more", "sigmoid"]
+    content = json.loads((tmp_path / "model.encodings").read_text())
+    names = {section: {e["name"] for e in content[f"{section}_encodings"]} for section in ("param", "activation")}
+    assert names["param"] == {"layer.weight", "layer.bias", "weight.1", "relu_1"}
+    assert names["activation"] == {"x", "again", "matmul", "sigmoid.1", "weight", "mT", "sigmoid"}
+    stored = {item.name: numpy_helper.to_array(item) for item in found.graph.initializer}
+    assert np.array_equal(stored["weight.1"], model.weight.detach().numpy())
+    for wanted, output in zip(model(x).values(), _outputs(tmp_path / "model_float.onnx", (x,)), strict=True):
+        assert np.allclose(wanted.detach().numpy(), output, atol=1e-5)
+
+
+def test_part_that_is_returned_in_float_and_quantized_elsewhere_keeps_its_name(tmp_path: Path) -> None:
+    build = Builder()
+    split = build.call("split", aten.split.Tensor, build.input("x", 4, 3, 3), 2, 1)
+    part, again = (build.call(name, operator.getitem, split, 0) for name in ("part", "again"))
+    build.output(again, build.relu("relu", build.fake_quant(part, QuantSpec())))
+    export_clean(build.program(), tmp_path / "float.onnx")
+    found = onnx.load(tmp_path / "float.onnx").graph.node
+    assert [(node.op_type, node.input[0]) for node in found] == [("Slice", "x"), ("Relu", "part"), ("Identity", "part")]
 
 
 def test_sim_export_writes_all_files_that_belong_together(tmp_path: Path) -> None:

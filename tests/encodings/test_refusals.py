@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from fxquant import FxquantError, Stage, load_encodings, save_encodings
+from fxquant.encodings.fitting import broken_rule
 from fxquant.errors import CalibrationError, ConfigError, StorageError
 from fxquant.numerics.fake_quant import Mode
-from fxquant.spec import Limits
+from fxquant.spec import Encoding, Limits, QuantSpec
 from tests.encodings.nets import VERSIONS, calibrated, finalized, prepared
 
 Edit = Callable[[dict[str, Any]], None]
@@ -138,6 +139,12 @@ def test_text_that_is_no_encodings_file_is_refused(text: str, message: str, tmp_
         load_encodings(_PREPARED.copy(), tmp_path / "e")
 
 
+def test_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    save_encodings(calibrated("linears"), tmp_path / "e")
+    (tmp_path / "e").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "e").read_bytes())
+    assert load_encodings(_PREPARED.copy(), tmp_path / "e").is_complete
+
+
 def test_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "absent", tmp_path, tmp_path / "binary"):
@@ -196,6 +203,22 @@ def test_grid_that_is_not_the_fixed_range_is_refused(tmp_path: Path) -> None:
     save_encodings(calibrated("linears"), tmp_path / "e")
     with pytest.raises(ConfigError, match=r"entry 'x'.*fixed \[-4, 4\]: \[-3.98"):
         load_encodings(_with_spec("x", fixed=(-4.0, 4.0)), tmp_path / "e")
+
+
+@pytest.mark.parametrize(("beyond", "is_broken"), [(0.0, False), (0.4, False), (0.6, True), (4.0, True)])
+@pytest.mark.parametrize("is_low", [True, False])
+def test_grid_may_exceed_one_limit_by_half_a_step(is_low: bool, beyond: float, is_broken: bool) -> None:
+    """The zero point is rounded."""
+    limit = (-100.0 + beyond) * 0.5 if is_low else (155.0 - beyond) * 0.5
+    spec = QuantSpec(limits=Limits(limit, None) if is_low else Limits(None, limit))
+    encoding = Encoding(torch.tensor(0.5), torch.tensor(100), spec)
+    assert (broken_rule(encoding) is not None) is is_broken
+
+
+@pytest.mark.parametrize(("factor", "is_broken"), [(1.0, False), (1 + 5e-6, False), (1 - 2e-5, True), (1.001, True)])
+def test_scale_of_a_fixed_range_may_differ_by_its_decimals(factor: float, is_broken: bool) -> None:
+    encoding = Encoding(torch.tensor(8 / 255 * factor), torch.tensor(64), QuantSpec(fixed=(-2.0, 6.0)))
+    assert (broken_rule(encoding) is not None) is is_broken
 
 
 @pytest.mark.parametrize("version", VERSIONS)

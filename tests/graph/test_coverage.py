@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,9 +23,10 @@ from fxquant.graph.program import Program, Stage, value_type
 from fxquant.numerics.fake_quant import Mode
 from fxquant.ops.base import Role
 from fxquant.ops.table import TABLE
-from fxquant.passes import AssignSpecs
+from fxquant.passes import ApplyPlacement, AssignSpecs
 from fxquant.placement import Rule
-from fxquant.spec import SpecOverride
+from fxquant.placement.sections import ModelInput, ParamSettings
+from fxquant.spec import Granularity, SpecOverride
 from tests.helpers import assert_golden, quantized_program
 from tests.passes.pipelines import IMAGE, residual
 
@@ -193,6 +195,147 @@ def test_bias_in_float_says_why() -> None:
     report = prepared(Rule(node="conv1_weight", quantize=False)).coverage()
     assert row(report, "conv1_bias").reason == "the bias of 'conv1', which reads 'conv1_weight' in float"
     assert row(report, "conv1_weight").reason == "excluded by rule node 'conv1_weight' (rules[0])"
+
+
+def test_bias_whose_layer_reads_what_sections_turned_off_says_so() -> None:
+    placement = fxquant.load_pipeline("aimet_default")
+    weightless = ParamSettings(is_quantized=False)
+    passes = [
+        replace(item, model_input=ModelInput(is_input_quantized=False), params={"weight": weightless})
+        if isinstance(item, ApplyPlacement)
+        else item
+        for item in placement.prepare_passes
+    ]
+    program = fxquant.capture(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval(), IMAGE)
+    Pipeline(PassManager(passes), placement.finalize_passes).prepare(program)
+    report = program.coverage()
+    assert row(report, "_0_bias").reason.startswith("the bias of '_0', which reads ")
+
+
+def test_bias_behind_a_supergroup_says_what_its_layer_reads_in_float() -> None:
+    placement = fxquant.load_pipeline("aimet_default")
+    passes = [
+        replace(item, model_input=ModelInput(is_input_quantized=False)) if isinstance(item, ApplyPlacement) else item
+        for item in placement.prepare_passes
+    ]
+    program = fxquant.capture(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval(), IMAGE)
+    Pipeline(PassManager(passes), placement.finalize_passes).prepare(program)
+    report = program.coverage()
+    x = report.rows[0]
+    assert x.kind is ValueKind.INPUT and row(report, "_0").reason.startswith("supergroups[")
+    assert row(report, "_0_bias").reason == f"the bias of '_0', which reads '{x.value}' in float"
+    assert report.float_islands is not None
+    assert report.float_islands[0].reasons[0] == f"reads '{x.value}', '_0_bias' in float"
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.conv(torch.relu(self.conv(x)))
+        return found
+
+
+def test_bias_of_a_layer_that_is_called_twice_has_a_grid_for_each_call() -> None:
+    program = fxquant.capture(Twice().eval(), IMAGE)
+    pipeline_with().prepare(program)
+    report = program.coverage()
+    rules = [item.rule for item in report.rows if item.kind is ValueKind.BIAS]
+    assert rules == ["input and weight of conv", "input and weight of conv_1"]
+    assert "1 bias in 2 grids)" in report.summary
+
+
+def test_input_is_explained_by_those_who_want_it_and_not_by_what_moves_it() -> None:
+    class Moved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.conv(x), self.conv(nn.functional.max_pool2d(x, 2))
+
+    program = fxquant.capture(Moved().eval(), IMAGE)
+    fxquant.load_pipeline("aimet_default").prepare(program)
+    assert row(program.coverage(), "x").rule == "model_input.is_input_quantized"
+
+
+def test_value_behind_a_float_layer_is_explained_by_its_readers() -> None:
+    program = prepared(Rule(op="Conv", quantize=False), Rule(module="conv2", input=FOUR_BITS, quantize=True))
+    found = row(program.coverage(), "relu")
+    assert found.is_quantized and "module 'conv2' (rules[1])" in found.rule and "follows" not in found.rule
+
+
+class Chunks(nn.Module):
+    """A value in two parts, each read by a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole, self.left, self.right = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = self.whole(x).chunk(2, 1)
+        found: torch.Tensor = self.left(left) + self.right(right)
+        return found
+
+
+def test_split_of_codes_runs_on_integers_and_a_split_of_floats_follows_its_input() -> None:
+    program = fxquant.capture(Chunks().eval(), IMAGE)
+    pipeline_with().prepare(program)
+    report = program.coverage()
+    assert report.float_islands == () and report.operations is not None
+    assert {"chunk", "getitem", "getitem_1"} <= set(report.operations)
+
+    program = fxquant.capture(Chunks().eval(), IMAGE)
+    pipeline_with(Rule(op="Conv", quantize=False), Rule(op="Add", quantize=False)).prepare(program)
+    report = program.coverage()
+    assert row(report, "getitem").reason == "follows its input 'whole', which is in float"
+    assert report.float_islands is not None and [str(item) for item in report.float_islands] == ["whole..add"]
+
+    program = fxquant.capture(Chunks().eval(), IMAGE)
+    pipeline_with(Rule(module="whole", quantize=False)).prepare(program)
+    (island,) = program.coverage().float_islands or ()
+    assert island.nodes == ("whole", "chunk", "getitem", "getitem_1"), "the parts are quantized only then"
+
+
+@pytest.mark.parametrize(("target", "in_float"), [("tensorrt", ["adaptive_avg_pool2d"]), ("openvino", [])])
+def test_layers_with_a_float_bias_run_on_integers_where_kernels_take_one(target: str, in_float: list[str]) -> None:
+    program = fxquant.capture(residual(), IMAGE)
+    fxquant.load_pipeline(target).prepare(program)
+    report = program.coverage()
+    assert report.operations is not None and {"conv1", "relu", "conv2", "add", "relu_1", "fc"} <= set(report.operations)
+    assert [name for island in report.float_islands or () for name in island.nodes] == in_float
+    assert row(report, "conv1_bias").reason == f"the bias of 'conv1', which kernels of {target} add in float"
+    assert "_fq" not in json.dumps(report.to_dict()), "no quantizer is named as a reader in float"
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "openvino", "qnn_htp", "xnnpack"])
+def test_transposed_convolution_runs_on_integers_where_the_target_has_a_kernel(target: str) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 4, 2, 2)).eval()
+    for name, is_integer in ((target, True), ("int8_per_channel", False)):
+        program = fxquant.capture(net, IMAGE)
+        fxquant.load_pipeline(name).prepare(program)
+        report = program.coverage()
+        assert ("_2" in (report.operations or ())) is is_integer
+        reasons = [reason for island in report.float_islands or () for reason in island.reasons]
+        assert reasons == ([] if is_integer else ["convolution has no integer kernel"])
+
+
+def test_layer_whose_weight_is_off_or_in_blocks_is_in_float_for_that_reason() -> None:
+    program = prepared(calibrate=True)
+    module = program.fake_quant(program.node("fc_weight_fq"))
+    assert module is not None
+    module.mode = Mode.OFF
+    assert [str(item.reasons) for item in program.coverage().float_islands or ()] == [
+        "(\"reads 'fc_weight_fq' in float\",)"
+    ]
+    blocks = SpecOverride(granularity=Granularity(1, 4))
+    report = prepared(Rule(op="Gemm", weight=blocks)).coverage()
+    assert report.float_islands is not None and "quantized in blocks" in report.float_islands[0].reasons[0]
+    assert row(report, "fc_bias").reason.endswith("not one scale for each output channel")
 
 
 # --- every reason is true -------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ def least(candidates: list[Candidate], price: Callable[[Candidate], float]) -> C
 
 
 def tf_enhanced(seen: Seen, spec: QuantSpec, gamma: float) -> Candidate:
-    """17 steps at 21 offsets each, or 100 steps at the prescribed one."""
+    """The observed range, and 17 steps at 21 offsets each; or 100 steps at the prescribed one."""
     low, high = ends(seen, spec)
     if zero_point_of(spec) is not None:
         candidates = [(low * k / 100, high * k / 100) for k in range(100, 0, -1)]
@@ -103,7 +103,7 @@ def tf_enhanced(seen: Seen, spec: QuantSpec, gamma: float) -> Candidate:
     widest = (high - low) / n
     if widest == 0.0:
         return 0.0, 0.0
-    candidates = []
+    candidates = [(low, high)]
     for k in range(17, 0, -1):
         for offset in (round(low / widest), *(round(-n + j * n / 19) for j in range(20))):
             delta = k / 16 * widest

@@ -78,11 +78,71 @@ def test_values_that_are_not_finite_show_in_the_extremes_and_spoil_no_counts(est
 
 
 @pytest.mark.parametrize("estimator", SEARCHING)
+def test_what_was_observed_before_a_reset_does_not_count(estimator: str) -> None:
+    found = make_estimator(QuantSpec(4, estimator=estimator))
+    found.observe(normal(4000) * 20)
+    found.reset()
+    found.observe(normal(3000))
+    assert isinstance(found, DistributionEstimator) and int(found.counts.sum()) == 3000
+    assert tuple(map(float, found.range())) == range_of(QuantSpec(4, estimator=estimator), normal(3000))
+
+
+@pytest.mark.parametrize("estimator", SEARCHING)
 def test_a_first_tensor_of_zeros_is_kept_as_the_histogram_grows(estimator: str) -> None:
     found = make_estimator(QuantSpec(estimator=estimator))
     for part in (torch.zeros(300), normal(500), normal(500) * 1e6):
         found.observe(part)
     assert isinstance(found, DistributionEstimator) and int(found.counts.sum()) == 1300
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("estimator", SEARCHING)
+def test_the_range_of_denormal_numbers_is_the_observed_one(estimator: str, bits: int) -> None:
+    x = torch.tensor([-1e-41, 1e-40] * 200)
+    spec = QuantSpec(bits, estimator=estimator)
+    assert range_of(spec, x) == (float(x.min()), float(x.max()))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("lowest", [-0.001, -0.1, -0.3])
+def test_tf_enhanced_never_costs_more_than_the_observed_range(lowest: float, bits: int) -> None:
+    """[-0.1, 1] at 2 bits: with offset and step rounded as AIMET's candidates are, none of them is that range."""
+    x = torch.linspace(lowest, 1.0, 3000)
+    costs = {}
+    for name in ("tf-enhanced(1000)", "min-max"):
+        module = FakeQuant(QuantSpec(bits, estimator=name))
+        module(x)
+        module.compute_encoding()
+        module.mode = Mode.FAKE
+        error = (module(x) - x).double()
+        clipped = error.abs() > 0.51 * module.scale
+        costs[name] = float((error.square() * torch.where(clipped, 1000.0, 1.0)).sum())
+    assert costs["tf-enhanced(1000)"] <= costs["min-max"] * 1.001  # bins are not values
+
+
+def test_percentile_is_the_outer_edge_of_its_bin_though_no_value_is_below_the_bins_centre() -> None:
+    found = make_estimator(QuantSpec(estimator="percentile(50)"))
+    for value in torch.linspace(1.0, 1.5, 7):
+        found.reset()
+        found.observe(torch.tensor([float(value)] * 900 + [2.0] * 100))
+        assert isinstance(found, DistributionEstimator)
+        width = 3.0 ** int(found.exponent)
+        assert float(found.range()[1]) == pytest.approx((round(float(value) / width) + 0.5) * width, rel=1e-6)
+
+
+def test_entropy_leaves_the_bin_of_zero_out_though_all_values_are_positive() -> None:
+    x = torch.cat([torch.full((50_000,), 1e-6), normal(20_000).abs()])
+    x[-1] = 30.0
+    spec = QuantSpec(4, estimator="entropy")
+    assert range_of(spec, x) == range_of(spec, x, torch.zeros(1)) == range_of(spec, x.where(x > 1e-6, 0.0))
+
+
+def test_entropy_keeps_the_observed_range_of_no_more_values_than_steps() -> None:
+    spec = QuantSpec(8, estimator="entropy")
+    x = normal(spec.steps)
+    x[0] = 40.0
+    assert range_of(spec, x) == (float(x.min()), 40.0)
+    assert range_of(spec, x, x)[1] < 40.0
 
 
 @pytest.mark.parametrize("distance", [20.0, 100.0])
@@ -237,8 +297,18 @@ def test_copies_search_no_more_than_needed_and_follow_their_own_weight(searches:
         copied(weight * 2)
         assert len(searches) == before + 1
         assert torch.equal(copied.scale, module.scale * 2)
+    before = len(searches)
+    copy.deepcopy(module)(weight)
+    assert len(searches) == before
     module.to(torch.device("cpu"))(weight)
-    assert not any("searched" in name for name in module.state_dict())
+
+
+def test_a_pickle_does_not_hold_the_weight_that_was_searched() -> None:
+    weight = normal(100_000).view(2, 50_000)
+    module = weight_quantizer(weight)
+    module(weight)
+    assert len(pickle.dumps(module)) < 10_000
+    assert sum(tensor.numel() for tensor in module.state_dict().values()) < 100
 
 
 def test_a_loaded_scale_is_overwritten_by_the_weights_own_and_a_frozen_one_stays(searches: list[int]) -> None:

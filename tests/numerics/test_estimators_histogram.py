@@ -90,6 +90,19 @@ def test_rows_are_counted_as_each_would_be_alone() -> None:
         assert contents(alone) == contents(histogram, row)
 
 
+@pytest.mark.parametrize("exponent", range(SMALLEST_EXPONENT, LARGEST_EXPONENT - 2, 3))
+def test_values_halfway_between_the_outermost_bins_are_counted(exponent: int) -> None:
+    """x * (1 / width) may round to the bin next to that of x / width."""
+    for free in (1, 2, 3, 4):
+        bins = BINS // 2 - free
+        values = torch.tensor([bins + 0.5, 0.5 - bins, bins + 0.49999997], dtype=torch.float64) * 3.0**exponent
+        row = values.to(torch.float32)
+        for rows in (row[None], torch.stack([row, row * 3])):
+            histogram = Histogram.empty(len(rows), torch.device("cpu"))
+            histogram.add(rows, rows.amin(dim=1), rows.amax(dim=1))
+            assert int(histogram.counts.sum()) == rows.numel()
+
+
 def test_zeros_stay_apart_from_all_else_in_the_bin_of_zero() -> None:
     values = torch.cat([torch.zeros(1000), torch.linspace(0.05, 10.0, 500)])
     histogram = counted([values, values * 7, values * 400])

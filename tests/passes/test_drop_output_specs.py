@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +111,18 @@ def test_pooling_and_concatenation_pass_wishes_on_when_they_are_read(is_read: bo
     program = assigned(build)
     run_pass(TENSORRT, program)
     assert wanted(program) == ({"x", "left", "right", "cat", "pool"} if is_read else {"x"})
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+def test_split_passes_a_wish_for_one_of_its_parts_on(is_read: bool) -> None:
+    build = Builder()
+    split = build.call("split", aten.split.Tensor, build.conv("first", build.input("x", 4, 8, 8), 4), 2, 1)
+    parts = [build.call(f"part_{index}", operator.getitem, split, index) for index in (0, 1)]
+    build.output(parts[0], build.conv("last", parts[1], 4) if is_read else parts[1])
+    program = assigned(build)
+    run_pass(TENSORRT, program)
+    assert (input_spec(program.node("split"), 0) is not None) is is_read
+    assert wanted(program) == ({"x", "first", "part_1"} if is_read else {"x"})
 
 
 def test_unknown_reader_is_refused_with_the_nearest_name() -> None:

@@ -170,3 +170,16 @@ def test_parameters_that_were_frozen_stay_frozen() -> None:
         "conv.weight",
         "conv.bias",
     ]
+
+
+def test_coverage_counts_the_same_integer_operations_before_and_after_the_fold() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(4, 3, 8, 8)
+    sim = fxquant.QuantSim(model, x, "int8_per_channel_qat")
+    sim.compute_encodings([x], progress=False)
+    live, folded = sim.program.coverage(), sim.snapshot().coverage()
+    assert live.operations is not None and folded.operations is not None
+    assert set(live.operations) - {"_1"} == set(folded.operations) and live.float_islands == ()
+    reasons = {row.value: row.reason for row in live.in_float}
+    assert reasons["_0_weight"] == "'_0_weight_folded' is computed from it"

@@ -102,6 +102,15 @@ def test_activation_wanted_per_channel_is_refused_by_name() -> None:
         run_pass(InsertFakeQuant(), program)
 
 
+@pytest.mark.parametrize("side", ["weight", "output"])
+def test_granularity_that_a_value_cannot_have_names_the_rule(side: str) -> None:
+    program = captured(residual(), IMAGE)
+    rule = Rule(op="Conv", **{side: SpecOverride(granularity=Granularity(9))})  # type: ignore[arg-type]
+    PassManager([AssignSpecs(rules=(rule,))]).run(program)
+    with pytest.raises(PassError, match=r"conv1 \(op 'Conv' \(rules\[0\]\)\)"):
+        PassManager([InsertFakeQuant()]).run(program)
+
+
 def test_value_that_is_not_float32_is_refused_by_name() -> None:
     program = captured(residual().double(), IMAGE.double())
     PassManager([AssignSpecs()]).run(program)

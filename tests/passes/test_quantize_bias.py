@@ -9,10 +9,10 @@ from fxquant.calibration import calibrate
 from fxquant.graph.manager import PassManager
 from fxquant.graph.program import NoteKind
 from fxquant.numerics.fake_quant import BiasFakeQuant
-from fxquant.passes import InsertFakeQuant, QuantizeBias
-from fxquant.spec import BIAS_SPEC
+from fxquant.passes import AssignSpecs, InsertFakeQuant, QuantizeBias
+from fxquant.spec import BIAS_SPEC, Granularity, QuantSpec
 from tests.helpers import assert_golden, run_pass
-from tests.passes.harness import difference, output, reasons
+from tests.passes.harness import captured, difference, output, reasons
 from tests.passes.pipelines import IMAGE, before, residual
 
 
@@ -119,3 +119,12 @@ def test_diff_is_golden() -> None:
     program = before(InsertFakeQuant, residual(), IMAGE)
     PassManager([InsertFakeQuant()]).run(program)
     assert_golden(run_pass(QuantizeBias(), program).diff(), "quantize_bias_residual.diff")
+
+
+def test_bias_of_a_grouped_transposed_convolution_with_several_scales_stays_float() -> None:
+    program = captured(nn.ConvTranspose2d(8, 8, 3, groups=4), torch.randn(1, 8, 4, 4))
+    weight = QuantSpec(signed=True, symmetric=True, granularity=Granularity(1))
+    PassManager([AssignSpecs(weight=weight, integer_ops=("ConvTranspose",)), InsertFakeQuant()]).run(program)
+    entry = run_pass(QuantizeBias(), program)
+    assert not entry.modified and reasons(entry)[0].endswith("per-channel(1), not one scale for each output channel")
+    calibrate(program, [torch.randn(1, 8, 4, 4)])

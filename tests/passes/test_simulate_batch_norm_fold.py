@@ -234,6 +234,27 @@ def test_batch_norm_is_declined_with_the_reason(case: str) -> None:
     assert entry.edits == () and str(program) == before
 
 
+class Crossed(nn.Module):
+    """A batch norm behind two convolutions, called in the reverse of their order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.bn = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.one(x), self.two(x)
+        second = torch.relu(self.bn(second))
+        return torch.as_tensor(torch.relu(self.bn(first)) - second)
+
+
+def test_shared_batch_norm_called_in_reverse_of_its_layers_order_is_simulated() -> None:
+    model = randomize(Crossed())
+    expected, program = output(model, IMAGE), captured(model, IMAGE)
+    entry = run_pass(SimulateBatchNormFold(), program, IMAGE)
+    assert reasons(entry) == [] and live_modules(program) == ["bn"]
+    assert difference(program, expected, IMAGE) < ROUNDING
+
+
 def test_other_passes_leave_a_live_batch_norm_alone() -> None:
     program = captured(randomize(Reuse()), IMAGE)
     run_pass(SimulateBatchNormFold(), program)

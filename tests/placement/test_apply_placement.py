@@ -170,6 +170,15 @@ def test_model_output_of_moved_codes_turns_their_source_on() -> None:
     assert on_off(program) == {"conv": "on", "pool": "codes"}
 
 
+def test_model_output_false_leaves_on_what_the_output_only_moves() -> None:
+    program = chain("conv", "pool")
+    placed(program, defaults=ON, model_output=ModelOutput(False))
+    assert on_off(program) == {"conv_weight": "on", "conv": "on", "pool": "codes"}
+    program = chain("pool", "conv")
+    placed(program, defaults=ON, model_output=ModelOutput(False))
+    assert turned_on(program) == ["conv_weight"]
+
+
 def test_model_input_false_overrides_op_type() -> None:
     program = chain("conv")
     placed(program, op_type={"Conv": OpType(is_input_quantized=True)}, model_input=ModelInput(False))
@@ -201,6 +210,17 @@ def test_supergroup_passes_over_a_batch_norm_that_could_be_folded() -> None:
     named = chain("conv", "norm", "relu")
     placed(named, defaults=ON, supergroups=(*CONV_RELU, Supergroup(("Conv", "BatchNormalization", "Relu"))))
     assert named.node("norm").meta["float_reason"] == "supergroups[1]: Conv + BatchNormalization + Relu"
+
+
+def test_supergroup_that_names_a_folded_batch_norm_matches() -> None:
+    program = chain("conv", "relu")
+    placed(program, defaults=ON, supergroups=(Supergroup(("Conv", "BatchNormalization", "Relu")),))
+    assert turned_on(program) == ["conv_weight", "relu"]
+    assert program.node("conv").meta["float_reason"] == "supergroups[0]: Conv + BatchNormalization + Relu"
+    both = chain("conv", "relu")
+    placed(both, defaults=ON, supergroups=(Supergroup(("Conv", "BatchNormalization")), *CONV_RELU))
+    assert both.node("conv").meta["float_reason"] == "supergroups[1]: Conv + Relu"
+    assert not [note for note in both.notes if "matches nothing" in note.text]
 
 
 def test_depthwise_convolution_fuses_with_its_activation() -> None:
@@ -268,6 +288,58 @@ def test_input_of_a_rule_changes_what_the_producer_makes() -> None:
     program = chain("relu", "conv")
     placed(program, defaults=ON, rules=(Rule(node="conv", input=SpecOverride(bits=16)),))
     assert spec_of(program, "relu") == "u16 asymmetric per-tensor within [0, free]"
+
+
+@pytest.mark.parametrize("key", [{"op": "Conv"}, {"module": "conv"}, {"node": "conv"}])
+def test_rules_reach_weight_and_input_inside_a_supergroup(key: dict[str, str]) -> None:
+    rule = Rule(**key, weight=SpecOverride(bits=4), input=SpecOverride(bits=6))  # type: ignore[arg-type]
+    program = chain("sigmoid", "conv", "relu")
+    entry = placed(program, defaults=ON, supergroups=CONV_RELU, rules=(rule,))
+    assert spec_of(program, "conv_weight") == "s4 symmetric per-tensor"
+    assert spec_of(program, "sigmoid") == "u6 asymmetric per-tensor within [0, 1]"  # what it was, in fewer bits
+    assert spec_of(program, "relu") == "u8 asymmetric per-tensor within [0, free]"
+    assert "conv" not in on_off(program)
+    assert entry.misses == ()
+
+
+def test_input_of_a_sum_inside_a_supergroup_reaches_both_producers() -> None:
+    build = Builder()
+    x = build.input("x", 4, 8, 8)
+    total = build.add("total", build.conv("left", x, 4), build.conv("right", x, 4))
+    build.output(build.relu("relu", total))
+    program = build.program()
+    groups = (Supergroup(("Add", "Relu")),)
+    placed(program, defaults=ON, supergroups=groups, rules=(Rule(node="total", input=SpecOverride(bits=6)),))
+    assert spec_of(program, "left") == spec_of(program, "right") == "u6 asymmetric per-tensor"
+
+
+def test_output_inside_a_supergroup_goes_to_the_relu_that_ends_it() -> None:
+    rules = (Rule(op="Conv", output=SpecOverride(bits=6)), Rule(op="Relu", output=SpecOverride(estimator="mse")))
+    program = chain("conv", "relu")
+    placed(program, defaults=ON, supergroups=CONV_RELU, rules=rules)
+    assert spec_of(program, "relu") == "u6 asymmetric per-tensor within [0, free] by mse"
+    assert program.node("relu").meta["rule"] == "op 'Conv' (rules[0]), op 'Relu' (rules[1])"
+    other = chain("conv", "sigmoid")
+    entry = placed(other, defaults=ON, supergroups=(Supergroup(("Conv", "Sigmoid")),), rules=rules[:1])
+    assert spec_of(other, "sigmoid").startswith("u8")
+    assert entry.misses[0].reason == "op 'Conv' decides nothing: in float stays 'conv' (supergroups[0]: Conv + Sigmoid)"
+
+
+def test_rule_on_a_weight_that_sections_leave_in_float_is_told_so() -> None:
+    program = chain("conv", "relu")
+    options = {"defaults": ON, "supergroups": CONV_RELU, "params": {"weight": ParamSettings(False)}}
+    rules = (Rule(node="conv", weight=SpecOverride(bits=4)),)
+    entry = placed(program, model_input=ModelInput(True), rules=rules, **options)
+    reason = "node 'conv' decides nothing: what it sets has no spec of its own at 'conv'"
+    assert [miss.reason for miss in entry.misses] == [reason]
+
+
+@pytest.mark.parametrize("kind", ["conv", "half"])
+def test_rule_that_turns_a_value_on_is_why(kind: str) -> None:
+    program = chain("tanh", kind, "relu")
+    placed(program, defaults=ON, supergroups=CONV_RELU, rules=(Rule(node=kind, quantize=True),))
+    assert program.node(kind).meta["rule"] == f"node '{kind}' (rules[0])"
+    assert program.node("relu").meta["rule"] == "defaults.ops.is_output_quantized"
 
 
 def test_rule_that_matches_nothing_is_refused() -> None:
@@ -396,6 +468,19 @@ def test_second_factor_of_a_product_obeys_the_hardware(version: str | None, bits
     placed(program, defaults=replace(ON, hw_version=version), activation=QuantSpec(bits=bits))
     assert spec_of(program, "right").startswith(right)
     assert spec_of(program, "scores") == f"u{bits} asymmetric per-tensor"
+
+
+def test_why_names_the_sections_that_decided_the_spec() -> None:
+    program = product()
+    placed(program, defaults=replace(ON, hw_version="V66"), activation=QuantSpec(bits=16))
+    assert program.node("right").meta["rule"] == "defaults.ops.is_output_quantized, defaults.hw_version"
+    assert program.node("scores").meta["rule"] == "defaults.ops.is_output_quantized"
+    program = chain("conv", "relu")
+    op_type = {"Conv": OpType(is_symmetric=True), "Relu": OpType(encoding_constraints=EncodingConstraints(0.0, 6.0))}
+    placed(program, defaults=ON, op_type=op_type)
+    whys = [program.node(name).meta["rule"] for name in ("conv", "relu")]
+    places = ["op_type.Conv.is_symmetric", "op_type.Relu.encoding_constraints"]
+    assert whys == [f"defaults.ops.is_output_quantized, {place}" for place in places]
 
 
 @pytest.mark.parametrize(("version", "bits", "symmetric"), [("V73", 8, False), ("V73", 16, True), (None, 16, False)])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fxquant.errors import ConfigError
-from fxquant.graph.pipeline import load_pipeline
+from fxquant.graph.pipeline import load_pipeline, parse_pipeline
 
 GOOD: dict[str, Any] = {
     "defaults": {"ops": {"is_output_quantized": "True"}, "params": {"is_quantized": "True"}},
@@ -53,9 +53,35 @@ MALFORMED: dict[str, tuple[str, str, str]] = {
     "list": ("[]", "", f"expected an object with the sections {SECTIONS}; got a list, []"),
     "string": ('"Conv"', "", 'got a string, "Conv"'),
     "null": ("null", "", "got null"),
-    "nan": (changed(CONSTRAINTS, {"min": float("nan")}), "", "expected finite numbers; got NaN"),
+    "nan": (changed(CONSTRAINTS, {"min": float("nan")}), f"{CONSTRAINTS}.min", "expected finite numbers; got NaN"),
+    "infinity in a list": (
+        changed("supergroups.0.op_list", ["Conv", float("inf")]),
+        "supergroups[0].op_list[1]",
+        "expected finite numbers; got Infinity",
+    ),
     "nested too deeply": ("[" * 100_000, "", "placement file is nested too deeply"),
     "duplicate key": ('{"params": {}, "params": {"bias": {}}}', "", "key 'params' is there twice (bad.json)"),
+    "duplicate key deep inside": (
+        changed("op_type.Conv", {"X": 1}).replace('{"X": 1}', '{"params": {}, "params": {"bias": {}}}'),
+        "op_type.Conv",
+        "key 'params' is there twice",
+    ),
+    "duplicate key in a list": (
+        changed("supergroups.0", {"X": 1}).replace('{"X": 1}', '{"op_list": [], "op_list": ["Conv"]}'),
+        "supergroups[0]",
+        "key 'op_list' is there twice",
+    ),
+    "key of two lines": (changed("op_type.Conv.a\nb", "True"), r"op_type.Conv.a\nb", r"unknown key 'a\nb'"),
+    "type of two lines": (changed("op_type.Co\nv", {}), "", r"op_type.Co\nv: operator type 'Co\nv' is unknown"),
+    "type of two lines in a supergroup": (
+        changed("supergroups.0.op_list", ["Conv", "Re\nlu"]),
+        "",
+        r"operator type 'Re\nlu' is unknown",
+    ),
+    "parameter of two lines": (changed("params.bi\nas", {}), "", r"params.bi\nas: parameter 'bi\nas' is unknown"),
+    "pass of two lines": (changed("supergroup_pass_list", ["Matmul\nAdd"]), "", r"'Matmul\nAdd' is unknown"),
+    "endless key": (changed("k" * 100_000, {}), "kkk", f"unknown key '{'k' * 57}...'"),
+    "endless type": (changed(f"op_type.{'T' * 100_000}", {}), "", f"operator type '{'T' * 57}...' is unknown"),
     "no sections": ("{}", "", f"none of {SECTIONS}"),
     "no model_output": (changed("model_output", None), "", "got no 'model_output'. Add \"model_output\": {}."),
     "misspelt section": (changed("op_types", {}), "op_types", "unknown key 'op_types'"),
@@ -128,6 +154,19 @@ MALFORMED: dict[str, tuple[str, str, str]] = {
     ),
     "min above max": (changed(CONSTRAINTS, {"min": 1.0, "max": -1.0}), CONSTRAINTS, "expected min < max; got [1, -1]"),
     "min is max": (changed(CONSTRAINTS, {"min": 0, "max": 0}), CONSTRAINTS, "expected min < max; got [0, 0]"),
+    "max above float32": (
+        changed(CONSTRAINTS, {"min": 0, "max": 1e39}),
+        CONSTRAINTS,
+        "expected a finite number of at most 1e+38; got 1e+39",
+    ),
+    "min below float32": (changed(CONSTRAINTS, {"min": -1e39}), CONSTRAINTS, "at most 1e+38; got -1e+39"),
+    "range above 0": (
+        changed(CONSTRAINTS, {"min": 1, "max": 6}),
+        CONSTRAINTS,
+        "expected a range that holds 0, as every grid does; got [1, 6]",
+    ),
+    "range below 0": (changed(CONSTRAINTS, {"min": -6, "max": -1}), CONSTRAINTS, "holds 0, as every grid does; got"),
+    "min above 0": (changed(CONSTRAINTS, {"min": 5}), CONSTRAINTS, "holds 0, as every grid does; got [5, free]"),
     "no min": (changed(CONSTRAINTS, {"max": 6.0}), CONSTRAINTS, "key 'min' is missing"),
     "min is a string": (changed(CONSTRAINTS, {"min": "0"}), f"{CONSTRAINTS}.min", "expected a finite number"),
     "min is too large": (changed(CONSTRAINTS, {"min": "X"}).replace('"X"', "-1e999"), f"{CONSTRAINTS}.min", "finite"),
@@ -178,7 +217,31 @@ def test_malformed_file_gives_one_error_that_names_file_and_path(
     assert "bad.json" in caught.value.place
     assert (f"(bad.json: {path}" if path else "(bad.json)") in message
     assert said in message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 1000
+
+
+SAID_IN_TOML = {
+    "op_type.Relu.encoding_constraints = { min = 0.0, max = inf }": "encoding_constraints); expected a finite number",
+    "op_type.Relu.encoding_constraints = { min = nan }": "encoding_constraints); expected a finite number",
+    "op_type.Relu.encoding_constraints = { min = 0, max = 1e39 }": "encoding_constraints); expected a finite number",
+    "op_type.Relu.encoding_constraints = { min = 5 }": "encoding_constraints); expected a range that holds 0",
+    'rules = [{ op = "Relu", output = { fixed = [0.0, inf] } }]': "rules[0].output); expected a finite number",
+    'rules = [{ op = "Relu", output = { fixed = [0.0, 1e39] } }]': "rules[0].output); expected a finite number",
+    'rules = [{ op = "Relu", output = { fixed = [1, 2] } }]': "rules[0].output); expected a range that holds 0",
+    'rules = [{ op = "Relu", output = { "fi\\nxed" = 1 } }]': r"unknown key 'fi\nxed'",
+    f'rules = [{{ op = "Relu", output = {{ {"k" * 100_000} = 1 }} }}]': f"unknown key '{'k' * 57}...'",
+    f'rules = [{{ op = "Relu", quantize = "{"k" * 100_000}" }}]': f"got the string '{'k' * 56}...",
+}
+
+
+@pytest.mark.parametrize("case", range(len(SAID_IN_TOML)))
+def test_malformed_pass_in_toml_gives_one_short_error_that_names_its_place(case: int) -> None:
+    text, said = list(SAID_IN_TOML.items())[case]
+    with pytest.raises(ConfigError) as caught:
+        parse_pipeline(f'[[prepare]]\npass = "apply-placement"\n{text}\n', "bad", place="bad.toml")
+    message = str(caught.value)
+    assert "bad.toml: prepare[0] apply-placement" in message and said in message
+    assert "\n" not in message and len(message) < 1000
 
 
 def test_good_file_loads(tmp_path: Path) -> None:

@@ -104,6 +104,20 @@ def test_notes_name_the_file_also_after_an_override() -> None:
     assert places == ["aimet_default.json"]
 
 
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"weight": SpecOverride(symmetric=False, signed=False)}, "defaults.params.is_symmetric"),
+        ({"activation": SpecOverride(symmetric=True)}, "defaults.ops.is_symmetric"),
+        ({"weight": SpecOverride(strict=True)}, "defaults.strict_symmetric"),
+    ],
+)
+def test_override_of_what_the_sections_decide_is_refused(change: dict[str, SpecOverride], place: str) -> None:
+    with pytest.raises(ConfigError, match=rf"cannot be overridden .*which {place} decides; got"):
+        load_pipeline("aimet_default.json").override(**change)
+    load_pipeline("aimet_default").override(weight=SpecOverride(bits=4, symmetric=True, signed=True))
+
+
 def test_sim_takes_a_json_file_with_bits_and_estimators() -> None:
     sim = fxquant.QuantSim(
         ConvBnRelu().eval(),

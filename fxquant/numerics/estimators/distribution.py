@@ -13,6 +13,7 @@ What each of them does with inputs at the edge:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +36,9 @@ from fxquant.spec import QuantSpec
 class DistributionEstimator(Estimator):
     """Base of the estimators that keep a histogram for each encoding, and the extremes.
 
-    Buffers: `counts`, `exponent`, `start`: a histogram.Histogram. `counts` has no bins before something is observed,
-    so that the estimator of a weight, which keeps nothing from one tensor to the next, costs no memory.
+    Buffers: `counts`, `exponent`, `start`: a histogram.Histogram. `counts` has no bins before something is observed:
+    the estimator of a weight, which `range_of` looks at by itself, has none. It keeps the tensor that it searched last,
+    so that an unchanged weight is not searched again: a second copy of the weight in memory.
     """
 
     counts: torch.Tensor
@@ -52,7 +54,7 @@ class DistributionEstimator(Estimator):
         self.register_buffer("counts", torch.zeros(encodings, 0, dtype=torch.int64))
         self.register_buffer("exponent", torch.full((encodings,), SMALLEST_EXPONENT, dtype=torch.int64))
         self.register_buffer("start", torch.zeros(encodings, dtype=torch.int64))
-        self._searched: tuple[torch.Tensor, Ranges] | None = None  # the tensor of the last `range_of`, and its range
+        self._last_search: _Search | None = None
 
     def reset(self) -> None:
         """Forget everything observed."""
@@ -81,9 +83,9 @@ class DistributionEstimator(Estimator):
         self._widen(low.view_as(self.low), high.view_as(self.high))
         if not self._is_finite:
             return self.low, self.high
-        if self._searched is None or not _is_same(self._searched[0], x):
-            self._searched = (x.detach().clone(), self._range_of_rows(rows, low, high))
-        return self._searched[1]
+        if self._last_search is None or not self._last_search.is_of(x):
+            self._last_search = _Search(x.detach().clone(), self._range_of_rows(rows, low, high))
+        return self._last_search.range
 
     def choose(self, samples: Samples) -> Ranges:
         """Low and high (float64 [encodings]) of the range, for a block of encodings."""
@@ -112,10 +114,9 @@ class DistributionEstimator(Estimator):
         found = []
         for rows in blocks(len(low), self.candidates * len(used)):
             part = Histogram(histogram.counts[rows], histogram.exponent[rows], histogram.start[rows])
-            low64, high64 = low[rows].double(), high[rows].double()
-            points = part.centres[:, used].clamp(low64[:, None], high64[:, None])
-            ends = observed_range(low64, high64, self.spec)
-            found.append(self.choose(Samples(points, part.counts[:, used].double(), *ends, part.width / 2)))
+            ends = observed_range(low[rows], high[rows], self.spec)
+            mass = part.counts[:, used].double()
+            found.append(self.choose(Samples(part.centres[:, used], mass, *ends, part.width / 2)))
         return self._in_shape(found)
 
     def _range_of_rows(self, rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> Ranges:
@@ -147,8 +148,23 @@ class DistributionEstimator(Estimator):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def _is_same(kept: torch.Tensor, x: torch.Tensor) -> bool:
-    return (kept.device, kept.dtype) == (x.device, x.dtype) and torch.equal(kept, x)
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """A tensor that was searched, and its range. Deep copies share it; pickles have None in its place."""
+
+    tensor: torch.Tensor
+    range: Ranges
+
+    def is_of(self, x: torch.Tensor) -> bool:
+        """Whether `x` has the same values."""
+        kept = self.tensor
+        return (kept.device, kept.dtype) == (x.device, x.dtype) and torch.equal(kept, x)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Search:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 _PART_OF_A_COUNT = 1e-6  # more than a product of count and share is off

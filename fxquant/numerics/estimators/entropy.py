@@ -26,7 +26,7 @@ def entropy_range(samples: Samples, spec: QuantSpec) -> Ranges:
     """The range of the smallest divergence, both ends of the observed one shrunk in proportion.
 
     A candidate must have at least one bin for each step of the grid: with fewer, Q equals P and says nothing. Where
-    none but the observed range has, and where fewer values than steps were seen, that range stays.
+    none has, and where no more values than steps were seen, the observed range stays.
     """
     shares = torch.arange(CANDIDATES, 0, -1, device=samples.low.device, dtype=torch.float64) / CANDIDATES
     low = (samples.low[:, None] * shares).to(torch.float32).double()
@@ -35,10 +35,8 @@ def entropy_range(samples: Samples, spec: QuantSpec) -> Ranges:
     usable = (scale.double() >= 2 * samples.reach[:, None]) & (samples.mass.sum(dim=1) > spec.steps)[:, None]
     if not bool(usable.any()):
         return samples.low, samples.high
-    usable[:, 0] = True
     found = divergences(samples, scale.double(), zero_point, spec).masked_fill(~usable, torch.inf)
-    found[:, 0] = torch.where(usable.sum(dim=1) > 1, found[:, 0], -torch.inf)
-    best = found.argmin(dim=1, keepdim=True)
+    best = found.argmin(dim=1, keepdim=True)  # the first, the observed range, where all are infinite
     return low.gather(1, best)[:, 0], high.gather(1, best)[:, 0]
 
 

@@ -81,8 +81,8 @@ class Histogram:
             return
         exponents = torch.arange(SMALLEST_EXPONENT, LARGEST_EXPONENT + 1, device=low.device)
         firsts, lasts = _indices(low64[:, None], high64[:, None], torch.pow(3.0, exponents.double()))
-        smallest = exponents[(lasts - firsts < BINS).to(torch.uint8).argmax(dim=1)]
-        exponent = torch.maximum(smallest, self.exponent)
+        # The smallest that fits; never smaller than now, as the extremes only widen.
+        exponent = exponents[(lasts - firsts < BINS).to(torch.uint8).argmax(dim=1)]
         first, last = _indices(low64, high64, torch.pow(3.0, exponent.double()))
         self._move(exponent, (first + last + 1 - BINS).div(2, rounding_mode="floor"))
 

@@ -2,7 +2,8 @@
 
     cost = sum_i mass_i * weight_i * (Q(point_i) - point_i)^2        weight_i = gamma where Q clips, else 1
 
-Points are the centres of a histogram's bins, or values as they are. Ties go to the first candidate, the widest range.
+Points are the centres of a histogram's bins, or values as they are. Ties go to the first candidate, the widest range:
+the observed one, but in a search around the best of another.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fxquant.spec import QuantSpec
 Ranges = tuple[torch.Tensor, torch.Tensor]
 
 MOST_NUMBERS = 1 << 20  # encodings x candidates x points at a time: 8 MB of float64 for each intermediate result
-MOST_CANDIDATES = 357
+MOST_CANDIDATES = 358
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +146,7 @@ def tf_enhanced_range(samples: Samples, spec: QuantSpec, gamma: float) -> Ranges
     A prescribed zero point leaves the step alone to be chosen: k/100 of the observed one (k = 0, which AIMET tries as
     well, would clip everything). Else 17 steps k/16, each at 21 offsets (the observed one among them), the range then
     cut to the observed one and the step computed anew. Data on one side of 0 thereby give many steps at one offset.
+    The observed range itself is tried first: offsets are rounded, so that it may be none of these.
     """
     if spec.fixed_zero_point is not None:
         shares = torch.arange(_SYMMETRIC_DELTAS, 0, -1, device=samples.low.device, dtype=torch.float64)
@@ -155,7 +157,7 @@ def tf_enhanced_range(samples: Samples, spec: QuantSpec, gamma: float) -> Ranges
 
 
 def _deltas_and_offsets(samples: Samples, steps: int) -> Ranges:
-    """[encodings, 17 * 21] candidates; the observed range comes first."""
+    """[encodings, 1 + 17 * 21] candidates; the observed range comes first."""
     device = samples.low.device
     low, high = samples.low[:, None, None], samples.high[:, None, None]
     widest = ((high - low) / steps).clamp(min=torch.finfo(torch.float64).tiny)
@@ -164,7 +166,8 @@ def _deltas_and_offsets(samples: Samples, steps: int) -> Ranges:
     spread = torch.round(-steps + torch.arange(_OFFSETS, device=device, dtype=torch.float64) * steps / (_OFFSETS - 1))
     observed = torch.round(low / widest)
     offset = torch.cat([observed, spread.expand(len(low), 1, -1)], dim=2)
-    lows = torch.maximum(delta * offset, low).clamp(max=0.0)
-    highs = torch.minimum(delta * (offset + steps), high).clamp(min=0.0)
+    lows = torch.maximum(delta * offset, low)
+    highs = torch.minimum(delta * (offset + steps), high)
     is_range = lows < highs  # an offset of -N leaves nothing of data above 0
-    return torch.where(is_range, lows, low).flatten(1), torch.where(is_range, highs, high).flatten(1)
+    lows, highs = torch.where(is_range, lows, low), torch.where(is_range, highs, high)
+    return torch.cat([low[:, 0], lows.flatten(1)], dim=1), torch.cat([high[:, 0], highs.flatten(1)], dim=1)
