@@ -442,3 +442,26 @@ def test_whatever_the_rules_each_value_is_explained(drawn: list[tuple[dict[str, 
         by_rule = re.findall(r"rules\[(\d)\]", item.rule)
         assert (item.spec.bits == 4) <= bool(by_rule), "only rules ask for 4 bits"
     assert len({item.value for item in report.rows}) == len(report.rows)
+
+
+class Joined(nn.Module):
+    """Two float branches that meet in a third float operation, and a constant that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = torch.atan2(torch.sin(x), torch.cos(y)) + self.offset
+        return found
+
+
+def test_branches_that_meet_are_one_island_and_constants_count_as_weights() -> None:
+    inputs = (torch.randn(2, 4), torch.randn(2, 4))
+    program = fxquant.capture(Joined(), inputs)
+    pipeline_with().prepare(program)
+    fxquant.calibrate(program, [inputs], progress=False)
+    report = program.coverage()
+    assert report.float_islands is not None
+    assert [set(island.nodes) for island in report.float_islands] == [{"sin", "cos", "atan2"}]
+    assert report.summary.startswith("3 values quantized (2 activations, 1 weight, 0 biases)")

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxquant.capture import capture
+from fxquant.graph.float_reasons import FOLLOWS
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
-from fxquant.passes.wishes import FOLLOWS
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 TOKENS = torch.randint(0, 20, (2, 6), generator=torch.Generator().manual_seed(3))

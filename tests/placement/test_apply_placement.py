@@ -11,7 +11,7 @@ from torch import fx
 
 from fxquant.errors import ConfigError, PassError
 from fxquant.graph.manager import PassManager
-from fxquant.graph.program import Program
+from fxquant.graph.program import Program, output_spec
 from fxquant.graph.trace import PassEntry
 from fxquant.passes import ApplyPlacement, InsertFakeQuant, ShareEncodings
 from fxquant.placement import Rule
@@ -585,3 +585,12 @@ def test_what_matches_nothing_is_told() -> None:
 def test_unknown_names_are_refused_in_python_too(sections: Any, path: str) -> None:
     with pytest.raises(ConfigError, match=path):
         sections()
+
+
+def test_value_that_its_reader_takes_twice_is_not_inside_a_supergroup() -> None:
+    build = Builder()
+    conv = build.conv("conv", build.input("x", 4, 8, 8), 4)
+    build.output(build.call("add", aten.add.Tensor, conv, conv))
+    program = build.program()
+    run_pass(ApplyPlacement(defaults=ON, supergroups=(Supergroup(("Conv", "Add")),)), program)
+    assert output_spec(conv) is not None and "supergroups" not in conv.meta["rule"]
