@@ -43,18 +43,7 @@ def calibrate(
     Raises CalibrationError: wrong stage, no batches, NaN or Inf (which value, which batch), values without a range.
     The program's grids are as before if it raises before the ranges are complete.
     """
-    if isinstance(batches, torch.Tensor):
-        remedy = "Put it in a list: [batch]; a bare tensor would be taken apart along its first axis."
-        raise CalibrationError("calibrate", expected="an iterable of batches", got="a tensor", remedy=remedy)
-    if program.stage not in (Stage.INSERTED, Stage.CALIBRATED):
-        remedy = (
-            "Run the pipeline's prepare passes first."
-            if program.stage < Stage.INSERTED
-            else "Calibrate before finalize."
-        )
-        raise CalibrationError(
-            "calibrate", expected="a program at stage inserted or calibrated", got=str(program.stage), remedy=remedy
-        )
+    _require_calibratable(program, batches)
     require_finite_parameters(program)
     owners = _owners(program)
     with _observing(program, through_quantizers):
@@ -69,6 +58,21 @@ def calibrate(
     _follow_weights(program)
     settle_biases(program)
     program.stage = Stage.CALIBRATED
+
+
+def _require_calibratable(program: Program, batches: Iterable[Batch]) -> None:
+    if isinstance(batches, torch.Tensor):
+        remedy = "Put it in a list: [batch]; a bare tensor would be taken apart along its first axis."
+        raise CalibrationError("calibrate", expected="an iterable of batches", got="a tensor", remedy=remedy)
+    if program.stage not in (Stage.INSERTED, Stage.CALIBRATED):
+        remedy = (
+            "Run the pipeline's prepare passes first."
+            if program.stage < Stage.INSERTED
+            else "Calibrate before finalize."
+        )
+        raise CalibrationError(
+            "calibrate", expected="a program at stage inserted or calibrated", got=str(program.stage), remedy=remedy
+        )
 
 
 _SETTLED = (Mode.FROZEN, Mode.OFF)  # what has one of these modes keeps it, and its grid

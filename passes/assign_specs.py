@@ -18,6 +18,7 @@ from fxquant.placement import Decision, Rule, Source, check_rules, defaults
 from fxquant.spec import QuantSpec
 
 from .masks import mask_islands
+from .rule_report import report_rules
 from .values import (
     INTEGER_ROLES,
     arg_slot,
@@ -100,7 +101,7 @@ class AssignSpecs(Pass):
         _limit_outputs(program, rewriter)
         _spread_backward(wishes, masked, base)
         wishes.agree()
-        wishes.report()
+        report_rules(wishes)
 
     def _role(self, node: fx.Node, definition: OpDef) -> Role:
         role = definition.role_for(node)

@@ -13,7 +13,7 @@ from torch import fx
 from fxquant.errors import ConfigError
 from fxquant.graph.constants import Constants
 from fxquant.graph.float_reasons import FOLLOWS
-from fxquant.graph.program import Note, NoteKind, Program, describe, input_slots, input_spec, output_spec, value_type
+from fxquant.graph.program import Program, describe, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import OpDef, Role
 from fxquant.placement import Choice, Decision, Rule, Source, settle
@@ -35,7 +35,6 @@ SPEAKS_OF_BOTH = (
     "A rule's `activation` speaks of what a node reads and of what it gives: write `output` where only what it gives "
     "is meant, or make the rules agree."
 )
-_NAMED = 6  # nodes that a report names
 
 
 @dataclass(frozen=True)
@@ -192,42 +191,12 @@ class Wishes:
             remedy=SPEAKS_OF_BOTH if 0 in (one.strength[1], other.strength[1]) else "Take it out of one of them.",
         )
 
-    def report(self) -> None:
-        """Tell which rules decided nothing, and which wanted quantized what cannot be."""
-        heard = self.heard.union(*(choice.by.rules for choice in self.choices.values()))
-        for index, rule in enumerate(self.rules):
-            matched = [node for node in self.program.graph.nodes if self._is_matched(node, rule)]
-            in_float = [node for node in matched if _is_in_float_anyway(node)]
-            if index not in heard:
-                self._tell(index, self._unheard(index, rule, matched))
-            elif rule.quantize and in_float:
-                self._tell(index, f"{rule} cannot quantize {_because(in_float)}")
-
-    def _tell(self, index: int, reason: str) -> None:
-        """In the trace of this run, and in the program for whoever has no trace."""
-        place = self.rules[index].place
-        self.rewriter.miss_option(rule_place(index), place, reason)
-        self.rewriter.note(Note(NoteKind.OTHER, place or rule_place(index), reason))
-
-    def _is_matched(self, node: fx.Node, rule: Rule) -> bool:
+    def is_matched(self, node: fx.Node, rule: Rule) -> bool:
+        """Whether a rule is about a node of this program."""
         return rule.matches(node, self._definition(node))
 
     def _definition(self, node: fx.Node) -> OpDef | None:
         return definition_of(self.program, node) if node.op in ("call_function", "call_module") else None
-
-    def _unheard(self, index: int, rule: Rule, matched: Sequence[fx.Node]) -> str:
-        if not matched:
-            return f"{rule} matches no operation of this program"
-        is_of_output = any(said is not None for said in (rule.quantize, rule.activation, rule.output))
-        if all(_is_in_float(node) or (is_of_output and "float_reason" in node.meta) for node in matched):
-            return f"{rule} decides nothing: in float stays {_because(matched)}"
-        beaten = any(self._is_beaten(rule, node) for node in matched if _could_be_decided(self.program, node))
-        if index in self.won or not beaten:
-            return f"{rule} decides nothing: what it sets has no spec of its own at {_names(matched)}"
-        return f"{rule} decides nothing: more specific rules decide all that it says of {_names(matched)}"
-
-    def _is_beaten(self, rule: Rule, node: fx.Node) -> bool:
-        return any(other.specificity > rule.specificity and self._is_matched(node, other) for other in self.rules)
 
 
 def _groups(program: Program, constants: Constants) -> list[list[fx.Node]]:
@@ -269,26 +238,3 @@ def _follows(wish: Wish) -> bool:
 
 def _wisher(wish: Wish) -> str:
     return f"as the output of {wish.holder.name}" if wish.slot is None else f"as an input of {wish.holder.name}"
-
-
-def _is_in_float_anyway(node: fx.Node) -> bool:
-    return not str(node.meta.get("float_reason", "excluded")).startswith("excluded")
-
-
-def _is_in_float(node: fx.Node) -> bool:
-    """Whether nothing of a node is quantized; inside a supergroup its inputs and weight are."""
-    is_excluded = "float_reason" in node.meta and not _is_in_float_anyway(node)
-    return is_excluded or ("float_reason" in node.meta and not node.meta.get("input_specs"))
-
-
-def _could_be_decided(program: Program, node: fx.Node) -> bool:
-    return role_of(program, node) is not Role.GRID_PRESERVING
-
-
-def _because(nodes: Sequence[fx.Node]) -> str:
-    return f"{_names(nodes)} ({nodes[0].meta['float_reason']})"
-
-
-def _names(nodes: Sequence[fx.Node]) -> str:
-    more = f" and {len(nodes) - _NAMED} more" if len(nodes) > _NAMED else ""
-    return ", ".join(f"'{node.name}'" for node in nodes[:_NAMED]) + more

@@ -19,7 +19,7 @@ from fxquant.graph.program import Program, Stage, input_slots, input_spec, outpu
 from fxquant.graph.trace import PassEntry
 from fxquant.ops.table import TABLE
 from fxquant.passes import AssignSpecs, FoldBatchNorm
-from fxquant.placement import Rule, check_rules, decide
+from fxquant.placement import Rule, check_rules, defaults, settle
 from fxquant.spec import QuantSpec, SpecOverride, Target
 from tests.helpers import residual_program, run_pass
 
@@ -119,16 +119,16 @@ PROGRAM = residual_program()
 
 @settings(max_examples=300, deadline=None)
 @given(drawn_rules(), st.sampled_from(["conv", "block_0_conv", "block_0_add", "fc"]))
-def test_decide_equals_a_brute_force_reference(rules: tuple[Rule, ...], name: str) -> None:
+def test_settle_equals_a_brute_force_reference(rules: tuple[Rule, ...], name: str) -> None:
     node = PROGRAM.node(name)
     definition = TABLE.find(node, None)
     assert definition is not None
     expected = brute_force(rules, node)
     if expected is None:
         with pytest.raises(ConfigError, match="contradicts"):
-            decide(node, definition, rules, U8, S8)
+            settle(node, definition, rules, defaults(U8, S8))
         return
-    decision = decide(node, definition, rules, U8, S8)
+    decision = settle(node, definition, rules, defaults(U8, S8))
     assert decision.quantize is expected.get("quantize", True)
     for side, base in (("input", U8), ("output", U8), ("weight", S8)):
         given_ = {key.split(".")[1]: value for key, value in expected.items() if key.startswith(f"{side}.")}
@@ -143,7 +143,7 @@ def test_order_of_rules_does_not_matter(rules: tuple[Rule, ...], random: object)
     found = []
     for order in (rules, shuffled):
         try:
-            decision = decide(node, TABLE.find(node, None), order, U8, S8)
+            decision = settle(node, TABLE.find(node, None), order, defaults(U8, S8))
             found.append((decision.quantize, decision.input.spec, decision.output.spec, decision.weight.spec))
         except ConfigError:
             found.append(None)  # type: ignore[arg-type]

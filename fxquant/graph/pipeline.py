@@ -215,7 +215,7 @@ def _overridden(item: Pass, given: Mapping[str, SpecOverride]) -> Pass:
     changed = {name: given[name].apply(spec) for name, spec in specs.items() if isinstance(spec, QuantSpec)}
     if not changed:
         return item
-    found: Pass = replace(item, **changed)  # type: ignore[type-var]
+    found: Pass = replace(item, **changed)  # type: ignore[type-var]  # every pass is a dataclass
     return found.placed(vars(item)["place"]) if hasattr(found, "placed") else found
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fxquant.placement.checks import check_rules
-from fxquant.placement.rules import Choice, Decision, Rule, Source, decide, defaults, settle
+from fxquant.placement.rules import Choice, Decision, Rule, Source, defaults, settle
 
-__all__ = ["Choice", "Decision", "Rule", "Source", "check_rules", "decide", "defaults", "settle"]
+__all__ = ["Choice", "Decision", "Rule", "Source", "check_rules", "defaults", "settle"]

@@ -162,18 +162,6 @@ class Decision:
         return frozenset(index for source in sources for index in source.rules)
 
 
-def decide(
-    node: fx.Node,
-    definition: OpDef | None,
-    rules: Sequence[Rule],
-    activation: QuantSpec,
-    weight: QuantSpec,
-    by: str = DEFAULTS,
-) -> Decision:
-    """Apply the rules that match `node` to defaults, which are `by`; see `settle`."""
-    return settle(node, definition, rules, defaults(activation, weight, by))
-
-
 def defaults(activation: QuantSpec, weight: QuantSpec, by: str = DEFAULTS) -> Decision:
     """What is wanted of a node that no rule speaks of."""
     choice = Choice.of(activation, by)

