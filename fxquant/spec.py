@@ -102,8 +102,8 @@ PER_TENSOR = Granularity()
 
 
 @dataclass(frozen=True)
-class EstimatorNumber:
-    """The number that an estimator takes in brackets: "percentile(99.9)"."""
+class MethodNumber:
+    """The number that a method takes in brackets: "percentile(99.9)"."""
 
     meaning: str
     default: float
@@ -112,15 +112,24 @@ class EstimatorNumber:
 
 
 # What QuantSpec.estimator may say; fxquant.numerics.estimators has the algorithms.
-ESTIMATORS: dict[str, EstimatorNumber | None] = {
+ESTIMATORS: dict[str, MethodNumber | None] = {
     "min-max": None,
-    "moving-average": EstimatorNumber("momentum: weight of the newest batch", 0.1, 0.0, 1.0),
-    "percentile": EstimatorNumber("share of the values, in %, that lies below the upper bound", 99.99, 50.0, 100.0),
+    "moving-average": MethodNumber("momentum: weight of the newest batch", 0.1, 0.0, 1.0),
+    "percentile": MethodNumber("share of the values, in %, that lies below the upper bound", 99.99, 50.0, 100.0),
     "mse": None,
-    "tf-enhanced": EstimatorNumber("gamma: weight of clipping noise", 3.0, 1.0, 1e6),
+    "tf-enhanced": MethodNumber("gamma: weight of clipping noise", 3.0, 1.0, 1e6),
     "entropy": None,
 }
-_ESTIMATOR = re.compile(r"([a-z-]+)(?:\((.*)\))?")
+# What QuantSpec.training may say; fxquant.numerics.trained_ranges has the algorithms.
+RANGE_TRAINING: dict[str, MethodNumber | None] = {
+    "static": None,
+    "moving-average": MethodNumber("momentum: weight of the newest batch", 0.01, 0.0, 1.0),
+    "lsq": None,
+    "lsq+": None,
+    "min-max": None,
+    "log2": None,
+}
+_METHOD = re.compile(r"([a-z0-9+-]+)(?:\((.*)\))?")
 
 
 def parse_estimator(text: str) -> tuple[str, float | None]:
@@ -128,22 +137,34 @@ def parse_estimator(text: str) -> tuple[str, float | None]:
 
     Raises SpecError for an unknown name, a number that it does not take, or one out of range.
     """
-    match = _ESTIMATOR.fullmatch(text.strip())
+    return _parse_method(text, "estimator", ESTIMATORS)
+
+
+def parse_training(text: str) -> tuple[str, float | None]:
+    """Name and number of what training does to a range: "moving-average(0.05)" -> ("moving-average", 0.05).
+
+    Raises SpecError as `parse_estimator` does.
+    """
+    return _parse_method(text, "range training", RANGE_TRAINING)
+
+
+def _parse_method(text: str, kind: str, known: dict[str, MethodNumber | None]) -> tuple[str, float | None]:
+    match = _METHOD.fullmatch(text.strip())
     name = match.group(1) if match else text
-    if match is None or name not in ESTIMATORS:
-        raise SpecError(f"estimator '{text}' is unknown", remedy=nearest(name, ESTIMATORS))
-    number, given = ESTIMATORS[name], match.group(2)
+    if match is None or name not in known:
+        raise SpecError(f"{kind} '{text}' is unknown", remedy=nearest(name, known))
+    number, given = known[name], match.group(2)
     if given is None:
         return name, None if number is None else number.default
     if number is None:
-        raise SpecError(f"estimator '{name}'", expected="no number", got=text)
+        raise SpecError(f"{kind} '{name}'", expected="no number", got=text)
     try:
         value = float(given)
     except ValueError:
         value = math.nan
     if not number.low <= value <= number.high:
         expected = f"a number in [{number.low:g}, {number.high:g}] ({number.meaning})"
-        raise SpecError(f"estimator '{name}'", expected=expected, got=text)
+        raise SpecError(f"{kind} '{name}'", expected=expected, got=text)
     return name, value
 
 
@@ -160,6 +181,9 @@ class QuantSpec:
         limits: a range and zero point that every estimator, learned range and loaded encoding obeys.
         fixed: a fixed real range (low, high) instead of an estimated one.
         estimator: range estimator, with its number in brackets if it takes one ("mse", "percentile(99.9)"); ESTIMATORS.
+        training: what training does to the range (RANGE_TRAINING): "static" keeps what calibration found, and lets a
+            weight's grid follow the weight; "moving-average(0.01)" moves an activation's towards each batch's extremes
+            until it is frozen; "lsq", "lsq+", "min-max" and "log2" learn it. A fixed range stays.
     """
 
     bits: int = 8
@@ -170,6 +194,7 @@ class QuantSpec:
     limits: Limits = NO_LIMITS
     fixed: tuple[float, float] | None = None
     estimator: str = "min-max"
+    training: str = "static"
 
     def __post_init__(self) -> None:
         if not (2 <= self.bits <= 16 or self.bits == 32):
@@ -179,6 +204,7 @@ class QuantSpec:
         if self.fixed is not None:
             check_range(*self.fixed, "QuantSpec.fixed")
         parse_estimator(self.estimator)
+        parse_training(self.training)
         zero_point = self.limits.zero_point
         if zero_point is not None and not self.qmin <= zero_point <= self.qmax:
             raise SpecError(
@@ -231,6 +257,8 @@ class QuantSpec:
             extras.append(f"fixed [{self.fixed[0]:g}, {self.fixed[1]:g}]")
         elif self.estimator != QuantSpec.estimator:
             extras.append(f"by {self.estimator}")
+        if self.training != QuantSpec.training:
+            extras.append(f"trained by {self.training}")
         return f"{kind} {shape} {' '.join(extras)}"
 
 
@@ -249,10 +277,13 @@ class SpecOverride:
     limits: Limits | None = None
     fixed: tuple[float, float] | None = None
     estimator: str | None = None
+    training: str | None = None
 
     def __post_init__(self) -> None:
         if self.estimator is not None:
             parse_estimator(self.estimator)
+        if self.training is not None:
+            parse_training(self.training)
         QuantSpec(bits=QuantSpec.bits if self.bits is None else self.bits, fixed=self.fixed)  # raises what they raise
 
     def apply(self, spec: QuantSpec) -> QuantSpec:

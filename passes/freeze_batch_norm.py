@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from fxquant.calibration import settle
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.rewriter import Rewriter
@@ -46,11 +47,12 @@ class FreezeBatchNorm(Pass):
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Visit every call of a batch norm module."""
-        readers = readers_by_tensor(program)
+        readers, folds = readers_by_tensor(program), 0
         for node in list(program.graph.nodes):
             module: Any = program.submodule(node) if node.op == "call_module" else None
             if isinstance(module, (BatchNormRatio, BatchNormShift)):  # case 3
                 _freeze_fold(rewriter, node, module)
+                folds += 1
             elif isinstance(module, LiveBatchNorm):
                 rewriter.replace_uses(node, node.all_input_nodes[0])
                 rewriter.erase(node)
@@ -63,6 +65,9 @@ class FreezeBatchNorm(Pass):
             momentum = 0.0 if module.momentum is None else module.momentum  # not used, as training=False
             rest = (False, momentum, module.eps, torch.backends.cudnn.enabled)
             rewriter.turn_into_function(node, torch.ops.aten.batch_norm.default, (node.args[0], *operands, *rest))
+        if folds and program.stage is Stage.CALIBRATED:  # train() is to compute with the grids of eval() too
+            for path in settle(program):
+                rewriter.record(path, "grid computed from the folded weight")
 
 
 def _freeze_fold(rewriter: Rewriter, node: fx.Node, module: BatchNormRatio | BatchNormShift) -> None:

@@ -20,7 +20,8 @@ class FreezeObservers(Pass):
 
     1. One whose grid follows its parameter: the grid is computed from the parameter once more.
     2. One that still observes: the grid is computed from what it saw, or from its fixed range.
-    3. One that has its grid: it keeps it.
+    3. One that has its grid: it keeps it, be it calibrated or a moving average.
+    4. One whose range is learned: the grid is computed from its parameters once more.
 
     Declines, by name, a FakeQuant that never saw data; it goes on observing. One that is off stays off, and one that
     is frozen as it is. Biases need nothing: their grid is the product of two frozen ones. Leaves the stage as it is.
@@ -49,6 +50,9 @@ def _settle(rewriter: Rewriter, node: fx.Node, module: FakeQuant, constants: Con
     """Compute the grid that is to stay; the reason if there is none."""
     source, path = node.args[0], str(node.target)
     assert isinstance(source, fx.Node)
+    if module.mode is Mode.LEARN:  # case 4
+        rewriter.sync(path)
+        return None
     if module.follows:  # case 1
         rewriter.compute_encoding(path, follows=constants.tensor(source).to(module.scale.device))
         return None

@@ -14,7 +14,7 @@ from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage, describe, input_slots, input_spec, output_spec, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.fake_quant import FakeQuant
-from fxquant.spec import PER_TENSOR, QuantSpec
+from fxquant.spec import PER_TENSOR, QuantSpec, parse_training
 
 from .share_encodings import owner_of
 from .values import wanted_specs
@@ -33,7 +33,8 @@ class InsertFakeQuant(Pass):
     4. A value that shares an encoding calls its owner's FakeQuant, and does not observe.
 
     Refuses, by name, an activation wanted with two specs where the target merges such pairs; one wanted per channel,
-    for which no runtime has integer kernels; and values that are not float32. Contract: QUANTIZES.
+    for which no runtime has integer kernels; a weight's moving average; and values that are not float32. Contract:
+    QUANTIZES.
     """
 
     name: ClassVar[str] = "insert-fake-quant"
@@ -55,6 +56,8 @@ class InsertFakeQuant(Pass):
             for number, spec in enumerate(wanted):
                 if spec.granularity.axis is not None and not constants.is_constant(value):
                     raise _per_channel(value, spec)
+                if _follows_an_average(spec) and constants.is_constant(value):
+                    raise _moving_weight(value, spec)
                 self._insert(rewriter, value, spec, number, constants.is_constant(value))
 
     def _insert(self, rewriter: Rewriter, value: fx.Node, spec: QuantSpec, number: int, follows: bool) -> None:
@@ -147,6 +150,20 @@ def _per_channel(value: fx.Node, spec: QuantSpec) -> PassError:
         expected="one scale for an activation",
         got=f"{spec}, by {_wanters(value, spec)}",
         remedy="Leave 'granularity' out of the activation's spec; weights may have it.",
+    )
+
+
+def _follows_an_average(spec: QuantSpec) -> bool:
+    return spec.fixed is None and parse_training(spec.training)[0] == "moving-average"
+
+
+def _moving_weight(value: fx.Node, spec: QuantSpec) -> PassError:
+    return PassError(
+        f"insert-fake-quant: weight '{value.name}' is wanted with a moving average",
+        place=describe(value),
+        expected="training = 'static', by which a weight's grid follows the weight, or a learned range",
+        got=f"{spec}, by {_wanters(value, spec)}",
+        remedy="Give 'moving-average' to activations only.",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from fxquant.calibration import settle_biases
+from fxquant.calibration import engage, settle_biases
 from fxquant.encodings.entry import Entry
 from fxquant.encodings.fitting import Fit
 from fxquant.encodings.parsing import EncodingsFile, read_encodings
@@ -220,6 +220,7 @@ class _Plan:
                 module.set_encoding(encoding)
                 module.mode = Mode.FAKE
             self._settle_biases(program)
+            engage(program)
             program.stage = Stage.CALIBRATED
         return self._report(is_complete)
 

@@ -17,6 +17,8 @@ from fxquant.graph.program import Program
 from fxquant.numerics.estimators import Estimator
 from fxquant.numerics.fake_quant import BiasFakeQuant, FakeQuant, Mode
 from fxquant.numerics.live_batch_norm import BatchNormRatio, BatchNormShift, LiveBatchNorm
+from fxquant.numerics.synchronised_batch_norm import plain_kind
+from fxquant.numerics.trained_ranges import TrainedRange
 from fxquant.spec import QuantSpec
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, LiveBatchNorm)
@@ -79,7 +81,7 @@ def build_tree(records: list[dict[str, Any]], tensors: dict[str, torch.Tensor]) 
 
 
 def _kind_of(module: nn.Module, path: str, caller: str | None) -> tuple[str, dict[str, Any]]:
-    kind = type(module)
+    kind = plain_kind(module)
     if kind in _BATCH_NORMS:
         return kind.__name__, {key: getattr(module, key) for key in _BATCH_NORM_OPTIONS}
     if kind in _DROPOUTS:
@@ -98,8 +100,8 @@ def _kind_of(module: nn.Module, path: str, caller: str | None) -> tuple[str, dic
         return "FakeQuant", quantizer
     if isinstance(module, BiasFakeQuant):
         return "BiasFakeQuant", {}
-    if isinstance(module, Estimator):
-        return "estimator", {}
+    if isinstance(module, (Estimator, TrainedRange)):
+        return "part", {}
     if caller is not None:
         raise StorageError(
             f"module '{path}' cannot be saved",
@@ -125,7 +127,7 @@ def _module(record: dict[str, Any], modules: dict[str, nn.Module], path: str) ->
     if "same_as" in record:
         return modules[record["same_as"]]
     kind = record["kind"]
-    if kind == "estimator":
+    if kind == "part":  # its owner, a FakeQuant, has made it
         owner_path, _, name = path.rpartition(".")
         return modules[owner_path].get_submodule(name)
     if kind not in _BUILDERS:

@@ -325,6 +325,14 @@ class Rewriter:
             module.compute_encoding() if follows is None else module.follow(follows)
         self._record("encode", path)
 
+    def sync(self, path: str) -> None:
+        """Compute the grid of the FakeQuant at `path` from its parameters."""
+        module = self.program.module.get_submodule(path)
+        assert isinstance(module, FakeQuant)
+        self._save(module)
+        module.sync()
+        self._record("encode", path)
+
     def record(self, path: str, text: str) -> None:
         """Record that engine code, called by the pass, changed the state of the module at `path`."""
         self._record("state", path, text)

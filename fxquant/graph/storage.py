@@ -25,6 +25,7 @@ import torch
 
 from fxquant.errors import FxquantError, StorageError
 from fxquant.files import REMEDY, replacement
+from fxquant.graph.float_state import describe_float_state, read_float_state
 from fxquant.graph.module import ProgramModule, graph_from_records, graph_to_records
 from fxquant.graph.module_tree import build_tree, describe_tree
 from fxquant.graph.program import Note, NoteKind, Program, Stage
@@ -32,7 +33,7 @@ from fxquant.graph.record_meta import decode_meta, encode_meta, refuse_foreign_c
 from fxquant.spec import Target
 
 FORMAT = "fxquant program"
-VERSION = 2
+VERSION = 3
 _MANIFEST, _PROGRAM, _TENSORS = "manifest.json", "program.json", "tensors.pt"
 
 
@@ -106,6 +107,7 @@ def _content(program: Program, modules: list[dict[str, Any]]) -> dict[str, Any]:
         "stage": str(program.stage),
         "target": program.target.value,
         "notes": [[note.kind.value, note.place, note.text] for note in program.notes],
+        "float_state": describe_float_state(program.float_state),
         "graph": records,
         "modules": modules,
     }
@@ -136,6 +138,7 @@ def _program(content: dict[str, Any], tensors: dict[str, torch.Tensor], trusted:
         stage=Stage[content["stage"].upper()],
         target=Target(content["target"]),
         notes=notes,
+        float_state=read_float_state(content["float_state"]),
     )
     program.link_biases()
     return program

@@ -117,7 +117,7 @@ class Encodings:
     def _encode(self, node: fx.Node, module: FakeQuant) -> Encoding:
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if module.follows and module.mode is not Mode.FROZEN and self._constants.is_constant(source):
+        if module.is_following and self._constants.is_constant(source):
             module = copy.deepcopy(module)
             module.follow(self._constants.tensor(source).to(module.scale.device))
         return module.encoding

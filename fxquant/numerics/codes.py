@@ -25,6 +25,8 @@ class Grid:
     Arguments:
         qmin, qmax: lowest and highest code.
         granularity: what scale and zero point belong to.
+        learned: of a grid that is: for the shape of what is quantized, its scale and zero point (float32) as autograd
+            sees them.
     """
 
     scale: torch.Tensor
@@ -32,6 +34,7 @@ class Grid:
     qmin: int
     qmax: int
     granularity: Granularity = PER_TENSOR
+    learned: Callable[[torch.Size], tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @cached_property
     def bounds(self) -> tuple[float, float]:

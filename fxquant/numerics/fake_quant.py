@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 
 import torch
 from torch import nn
 
-from fxquant.errors import CalibrationError
+from fxquant.errors import CalibrationError, SpecError
 from fxquant.numerics.codes import Grid
 from fxquant.numerics.estimators import make_estimator
 from fxquant.numerics.grids import grid_for_range
+from fxquant.numerics.learned_rounding import learned_fake_quantize
+from fxquant.numerics.recomputing import is_recomputing
 from fxquant.numerics.rounding import along_axis, dequantize, fake_quantize, quantize
+from fxquant.numerics.straight_through import Clip, absorbs, clip_activation, is_plain_cpu
+from fxquant.numerics.trained_ranges import LearnedRange, MovingRange, make_range
 from fxquant.spec import BIAS_SPEC, PER_TENSOR, Encoding, Granularity, QuantSpec
 
 # Beyond 2^23 a bias code leaves no room in the accumulator's exact float32 range for the products it is added to.
@@ -24,8 +29,20 @@ class Mode(Enum):
     OBSERVE = "observe"  # pass it on, and estimate its range
     OBSERVE_FAKE = "observe-fake"  # estimate its range, and quantize it on the range seen so far
     FAKE = "fake"  # quantize and dequantize; a weight's grid follows the weight
+    TRACK = "track"  # quantize and dequantize; in training mode the grid follows a moving average
+    LEARN = "learn"  # quantize and dequantize; the grid is computed from parameters
     FROZEN = "frozen"  # quantize and dequantize on a grid that no longer moves
     OFF = "off"  # pass it on
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether values leave on a grid that is kept."""
+        return self in (Mode.FAKE, Mode.TRACK, Mode.LEARN, Mode.FROZEN)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing moves the grid any more: calibration and training leave this mode as it is."""
+        return self in (Mode.FROZEN, Mode.OFF)
 
 
 class FakeQuant(nn.Module):
@@ -36,7 +53,11 @@ class FakeQuant(nn.Module):
     Arguments:
         spec: what to do.
         shape: the encoding's shape, spec.granularity.encoding_shape(tensor's shape).
-        follows: whether the grid follows the tensor at every forward (weights) or is calibrated (activations).
+        follows: whether the grid follows the tensor at every forward (weights) or is calibrated (activations); one
+            that is learned (spec.training) only begins at the tensor's.
+
+    `range` is what training moves or learns; None if spec.training is "static". Raises SpecError for a moving average
+    of a weight: its grid follows the weight itself.
     """
 
     scale: torch.Tensor
@@ -49,6 +70,9 @@ class FakeQuant(nn.Module):
         self.follows = follows
         self.mode = Mode.OBSERVE
         self.estimator = make_estimator(spec, shape)
+        self.range = make_range(spec, shape)
+        if follows and isinstance(self.range, MovingRange):
+            raise SpecError("a weight's range", expected="'static', or one that is learned", got=spec.training)
         self.register_buffer("scale", torch.full(shape, float("nan")))
         self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int64))
         self.register_buffer("scale_floor", torch.zeros(shape))  # raised where a bias would overflow
@@ -65,7 +89,11 @@ class FakeQuant(nn.Module):
             raise CalibrationError(
                 "FakeQuant has no encoding", remedy="Calibrate the program first (fxquant.calibrate)."
             )
-        return Encoding(self.scale.detach().cpu().clone(), self.zero_point.detach().cpu().clone(), self.spec)
+        scale, zero_point = self.scale, self.zero_point
+        if self.mode is Mode.LEARN:  # the buffers wait for the next forward
+            assert isinstance(self.range, LearnedRange)
+            scale, zero_point = self.range.grid(self.scale_floor)
+        return Encoding(scale.detach().cpu().clone(), zero_point.detach().cpu().to(torch.int64).clone(), self.spec)
 
     def set_range(self, low: torch.Tensor, high: torch.Tensor) -> None:
         """Compute the grid that covers [low, high] under the spec."""
@@ -94,24 +122,56 @@ class FakeQuant(nn.Module):
     def follow(self, x: torch.Tensor) -> None:
         """Recompute the grid from the tensor itself."""
         low, high = self.estimator.range_of(x)
-        if self.spec.fixed is None and self.estimator.has_range:
+        if self.spec.fixed is None and (torch.compiler.is_compiling() or self.estimator.has_range):
             self.set_range(low, high)
         else:
             self.compute_encoding()
 
+    @property
+    def is_following(self) -> bool:
+        """Whether the grid is computed from the tensor now."""
+        return self.follows and self.mode not in (Mode.FROZEN, Mode.LEARN)
+
+    def engage(self) -> None:
+        """Quantize on the grid that is there, and let training do with it what the spec says."""
+        self.mode = Mode.FAKE
+        if self.range is not None:
+            self.mode = Mode.TRACK if isinstance(self.range, MovingRange) else Mode.LEARN
+            self.range.start(self.scale, self.zero_point)
+
     def refresh(self, x: torch.Tensor) -> None:
-        """Bring a grid that follows its tensor up to date with it."""
+        """Bring a grid that follows its tensor, or parameters, up to date with them."""
         if self.follows and self.mode is Mode.FAKE:
             self.follow(x)
+        self.sync()
+
+    def sync(self) -> None:
+        """Write the grid that parameters say, if they do, into the buffers."""
+        if self.mode is Mode.LEARN:
+            assert isinstance(self.range, LearnedRange)
+            with torch.no_grad():
+                self._keep(*self.range.grid(self.scale_floor))
+
+    def _keep(self, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
+        is_same = not torch.compiler.is_compiling() and torch.equal(scale, self.scale)
+        if not (is_same and torch.equal(zero_point, self.zero_point)):
+            self.scale.copy_(scale)
+            self.zero_point.copy_(zero_point)
 
     @property
     def grid(self) -> Grid:
         """The grid as it is now: the buffers themselves."""
         granularity = self.spec.granularity if self.scale.ndim else PER_TENSOR
-        return Grid(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, granularity)
+        learned = self.learned_grid if self.mode is Mode.LEARN else None
+        return Grid(self.scale, self.zero_point, self.spec.qmin, self.spec.qmax, granularity, learned)
 
-    def forward(self, x: torch.Tensor, observe: bool = True) -> torch.Tensor:
-        """Observe or quantize `x`, by mode; `observe=False` where another node owns the range."""
+    def forward(self, x: torch.Tensor, observe: bool = True, clip: Clip | None = None) -> torch.Tensor:
+        """Observe or quantize `x`, by mode; `observe=False` where another node owns the range.
+
+        `clip`: bounds of a relu or hardtanh that is still to be applied to `x`.
+        """
+        if clip is not None and not self._absorbs(clip, x):
+            x, clip = clip_activation(x, clip), None
         if self.mode is Mode.OFF:
             return x
         if self.mode is Mode.OBSERVE_FAKE and self.follows:
@@ -121,9 +181,39 @@ class FakeQuant(nn.Module):
                 self.estimator.observe(x)
             fakes = observe and self.mode is Mode.OBSERVE_FAKE
             return self._fake_within(self.estimator.low, self.estimator.high, x) if fakes else x
+        if self.mode is Mode.LEARN:
+            return self._fake_on_learned(x)
+        if self.mode is Mode.TRACK and self.training and observe:
+            self._track(x)
         self.refresh(x)
         scale, zero_point = self.grid_for(x.ndim)
-        return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+        return fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax, clip)
+
+    def _absorbs(self, clip: Clip, x: torch.Tensor) -> bool:
+        if self.mode not in (Mode.FAKE, Mode.FROZEN) or self.follows or not is_plain_cpu(x):
+            return False
+        return absorbs(clip, self.scale, self.zero_point, self.spec.qmin, self.spec.qmax)
+
+    def learned_grid(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point (both float32) for a tensor of `shape`, differentiable by the range's parameters."""
+        assert isinstance(self.range, LearnedRange)
+        examples = shape[0] if shape and not self.follows else 1
+        return self.range.grid(self.scale_floor, shape.numel() // max(examples, 1) // max(self.scale.numel(), 1))
+
+    def _fake_on_learned(self, x: torch.Tensor) -> torch.Tensor:
+        found = self.learned_grid(x.shape)
+        with torch.no_grad():
+            self._keep(*found)
+        scale, zero_point = (along_axis(part, self.spec.granularity, x.ndim) for part in found)
+        return learned_fake_quantize(x, scale, zero_point, self.spec.qmin, self.spec.qmax)
+
+    def _track(self, x: torch.Tensor) -> None:
+        assert isinstance(self.range, MovingRange)
+        if is_recomputing():
+            return
+        with torch.no_grad():
+            self.range.update(x)
+            self.set_range(self.range.low, self.range.high)
 
     def _fake_within(self, low: torch.Tensor, high: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """`x` quantized within a range of the moment, the grid left as it is; `x` itself if the range is not finite."""
@@ -146,6 +236,16 @@ class FakeQuant(nn.Module):
     def real(self, codes: torch.Tensor) -> torch.Tensor:
         """Real values (float32) of integer codes."""
         return dequantize(codes, *self.grid_for(codes.ndim))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> FakeQuant:
+        """Grids and ranges move between devices with the module, and stay in float32 when it is cast."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]  # torch leaves it without annotations
+        return self
 
     def extra_repr(self) -> str:
         """Spec and mode, for printing."""

@@ -50,7 +50,7 @@ def clip_codes(low: float, high: float, scale: torch.Tensor, zero_point: torch.T
 
 
 def _within_limits(low: torch.Tensor, high: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+    if not torch.compiler.is_compiling() and not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise SpecError("range", expected="finite bounds", got=f"[{low}, {high}]")
     if spec.fixed is not None:
         low, high = torch.full_like(low, spec.fixed[0]), torch.full_like(high, spec.fixed[1])
@@ -73,7 +73,7 @@ def _within_clip(scale: torch.Tensor, low64: torch.Tensor, spec: QuantSpec) -> t
     for _ in range(_MOST_ULPS):
         codes = clip_codes(low, high, scale, zero_point)
         cuts = (codes[0] > spec.qmin) | (codes[1] < spec.qmax)
-        if not bool(cuts.any()):
+        if not torch.compiler.is_compiling() and not bool(cuts.any()):
             break
         scale = torch.where(cuts, torch.nextafter(scale, torch.zeros_like(scale)), scale)
         zero_point = _zero_point(scale, low64, spec)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fxquant.numerics.straight_through import Clip, grid_bounds, on_grid, pass_straight
 from fxquant.spec import Granularity
 
 
@@ -49,27 +50,29 @@ class _FakeQuantize(torch.autograd.Function):
     """Quantize and dequantize; the gradient passes straight through inside the grid, and stops outside."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-        grid = x.div(scale).round_()
-        clamped = torch.clamp(grid, low, high)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(grid.eq(clamped))
-        return clamped.mul_(scale)
+    def forward(ctx: Any, x: torch.Tensor, scale: torch.Tensor, low: Any, high: Any, clip: Clip | None) -> torch.Tensor:
+        out, inside = on_grid(x, scale, (low, high), clip, ctx.needs_input_grad[0])
+        ctx.save_for_backward(inside)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (inside,) = ctx.saved_tensors
-        return grads[0] * inside, None, None, None
+        return pass_straight(grads[0], *ctx.saved_tensors), None, None, None, None
 
 
 _fake_quantize: Callable[..., torch.Tensor] = _FakeQuantize.apply  # torch leaves Function.apply untyped
 
 
-def fake_quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
+def fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int, clip: Clip | None = None
+) -> torch.Tensor:
     """x_hat for `x` (any float dtype; computed in float32), differentiable by the straight-through estimator.
 
     The codes' zero point cancels: x_hat = clip(rint(x / s), qmin - z, qmax - z) * s.
+
+    Arguments:
+        clip: of an activation in front that the grid's own clip makes redundant: gradients are as if it were there.
     """
-    zero = zero_point.to(torch.float32)
-    out: torch.Tensor = _fake_quantize(x.to(torch.float32), scale, qmin - zero, qmax - zero)
+    wide = x.to(torch.float32)
+    out: torch.Tensor = _fake_quantize(wide, scale, *grid_bounds(wide, zero_point, qmin, qmax), clip)
     return out.to(x.dtype)

@@ -5,6 +5,7 @@
               dL/dy passes where fake quantization would let it pass: inside the grid and inside relu's or clip's bounds
     table     a function of one or two codes, looked up in a table of all of them, derivatives too (tables.py)
     other     codes by the reference formula; backward through the same nodes in float, fake quantization included
+    learned   at the end of each of them, the range's parameters get fake quantization's gradient (learned_ranges.py)
 
 Gradients are those of real values (numerics/codes.py). For acc = sum x w + b, real y = sx sw acc, so with G = dL/dy
     dL/dx = op^T(G sw, w)        dL/dw = op^T(G sw, x) sx / sw        dL/db = sum(G sw) / sw
@@ -19,7 +20,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.kernels.requantize import product_multiplier
+from fxquant.numerics.learned_rounding import next_float32, straight_through_bounds
 from fxquant.numerics.rounding import lowest_for_nan
 from fxquant.ops.activation import activation_bounds
 from fxquant.ops.kernels import GeneralKernel, PairKernel, ProductKernel, UnaryKernel
@@ -34,8 +35,9 @@ from fxquant.simulation.accumulate import Accumulator, Strategy
 from fxquant.simulation.executor import Call, Executor, real_of
 from fxquant.simulation.first_order import first_order
 from fxquant.simulation.islands import DEFAULT_OPSET, Harvest
+from fxquant.simulation.learned_ranges import is_learning, learn
 from fxquant.simulation.plan import Unary, along_channels
-from fxquant.simulation.real import real_site
+from fxquant.simulation.real import real_site, unquantized_site
 from fxquant.simulation.tables import Tables
 
 aten = torch.ops.aten
@@ -54,7 +56,8 @@ class ExactArithmetic:
         """Codes of real values; the gradient passes inside the grid."""
         scale, zero_point = grid.for_rank(real.ndim)
         low, high = grid.bounds if zero_point.ndim == 0 else (grid.qmin - zero_point, grid.qmax - zero_point)
-        return Codes(_to_grid(real.to(torch.float32), scale, low, high), grid)
+        wide = real.to(torch.float32)
+        return learn(Codes(_to_grid(wide, scale, low, high), grid), lambda x: x.div(scale), wide)
 
     def run(self, call: Call) -> Codes | torch.Tensor:
         """By the kernel's form."""
@@ -92,7 +95,10 @@ class ExactArithmetic:
             return _to_real(accumulated, left.grid.scale * scale, scale)
         multiplier = product_multiplier(left.grid.scale, scale, call.out.scale)
         passes = gradient_bounds(call.site.activations, call.out)
-        return Codes(_requantize(accumulated, multiplier, scale, call.out.bounds, passes), call.out)
+        keeps = is_learning(call.out)  # in `accumulated`, what is rounded
+        codes = Codes(_requantize(accumulated, multiplier, scale, call.out.bounds, passes, keeps), call.out)
+        bounds = _activation_steps(call.site.activations, call.out)
+        return learn(codes, lambda scaled: scaled.clamp(*bounds), accumulated)
 
 
 def strategies(program: Program, *args: Any, **kwargs: Any) -> dict[str, Strategy]:
@@ -114,43 +120,39 @@ def gradient_bounds(activations: tuple[fx.Node, ...], out: Grid) -> tuple[float,
     The quantizer passes where rint(y / s) is on the grid; relu where y > 0, hardtanh strictly inside its bounds, clamp
     at its bounds too.
     """
-    low, high = out.bounds
-    passes = _below_rounding_to(low), _above_rounding_to(high)
+    passes = straight_through_bounds(*out.bounds)
     for node in activations:
-        bounds = activation_bounds(node)
-        assert bounds is not None
-        steps = [bound / float(out.scale) if math.isfinite(bound) and bound else bound for bound in bounds]
+        steps = _activation_steps((node,), out)
         if node.target not in _OPEN:
-            steps = [_next(steps[0], -math.inf), _next(steps[1], math.inf)]
+            steps = next_float32(steps[0], -math.inf), next_float32(steps[1], math.inf)
         passes = max(passes[0], steps[0]), min(passes[1], steps[1])
     return passes
 
 
-def _next(value: float, towards: float) -> float:
-    return float(np.nextafter(np.float32(value), np.float32(towards)))
-
-
-def _below_rounding_to(code: float) -> float:
-    """The largest float32 that rounds to less than `code`: a tie belongs to the even neighbour."""
-    return code - 0.5 if code % 2 else _next(code - 0.5, -math.inf)
-
-
-def _above_rounding_to(code: float) -> float:
-    """The smallest float32 that rounds to more than `code`."""
-    return code + 0.5 if code % 2 else _next(code + 0.5, math.inf)
+def _activation_steps(activations: tuple[fx.Node, ...], out: Grid) -> tuple[float, float]:
+    """Lowest and highest output of activations one after the other, in steps of `out`; infinite where there is none."""
+    low, high = -math.inf, math.inf
+    for node in activations:
+        bounds = activation_bounds(node)
+        assert bounds is not None
+        steps = [bound / float(out.scale) if math.isfinite(bound) and bound else bound for bound in bounds]
+        low, high = (min(max(end, steps[0]), steps[1]) for end in (low, high))
+    return low, high
 
 
 def _straight_through(call: Call, out: Grid, centred: torch.Tensor) -> Codes:
     """Codes with the gradient of the same nodes in float."""
     leaves, spec = pytree.tree_flatten(real_of(call.args))
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    site = real_site(call)
+    reals = [leaves[i] for i in places]
 
-    def compute(*reals: torch.Tensor) -> torch.Tensor:
+    def fill(reals: tuple[torch.Tensor, ...]) -> Any:
         filled = dict(zip(places, reals, strict=True))
-        return site(pytree.tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], spec))
+        return pytree.tree_unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)], spec)
 
-    return Codes(_through(centred, compute, *(leaves[i] for i in places)), out)
+    site, unquantized = real_site(call), unquantized_site(call)
+    codes = Codes(_through(centred, lambda *reals: site(fill(reals)), *reals), out)
+    return learn(codes, lambda *reals: unquantized(fill(reals)) / out.scale, *reals)
 
 
 class _ToGrid(torch.autograd.Function):
@@ -172,7 +174,10 @@ class _ToGrid(torch.autograd.Function):
 
 
 class _Requantize(torch.autograd.Function):
-    """clip(rint(f(acc * M))); backward: where it passes, G times the weight's scale."""
+    """clip(rint(f(acc * M))); backward: where it passes, G times the weight's scale.
+
+    The accumulator's memory is used again, and holds f(acc * M) afterwards where it `keeps` it.
+    """
 
     @staticmethod
     def forward(
@@ -182,10 +187,11 @@ class _Requantize(torch.autograd.Function):
         factor: torch.Tensor,
         bounds: tuple[float, float],
         passes: tuple[float, float],
+        keeps: bool,
     ) -> torch.Tensor:
         scaled = accumulator.mul_(multiplier)  # nothing else reads a fresh accumulator
         if not ctx.needs_input_grad[0]:
-            return scaled.round_().clamp_(*bounds)
+            return (scaled.round() if keeps else scaled.round_()).clamp_(*bounds)
         ctx.passes = passes
         ctx.save_for_backward(scaled, factor)
         return scaled.round().clamp_(*bounds)
@@ -195,7 +201,7 @@ class _Requantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scaled, factor = ctx.saved_tensors
         passed = aten.hardtanh_backward(grads[0], scaled, *ctx.passes)
-        return passed.mul_(factor), None, None, None, None
+        return passed.mul_(factor), None, None, None, None, None
 
 
 class _ToReal(torch.autograd.Function):

@@ -21,7 +21,7 @@ from fxquant.graph.batches import flat_arguments
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
-from fxquant.numerics.fake_quant import FakeQuant
+from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.numerics.precision import full_precision
 from fxquant.ops.base import Role
@@ -82,6 +82,8 @@ class Executor:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the program's module returns for these arguments."""
+        self._refuse_other_precisions()
+        self._refuse_moving_averages()
         values: dict[fx.Node, Any] = {}
         with full_precision():
             for _ in self.steps(flat_arguments(self.program, args, kwargs), {}, values):
@@ -113,11 +115,12 @@ class Executor:
 
     def _refresh(self) -> None:
         """Read the plan again where modes, or grids of activations, are not what they were."""
+        for module in self._activations.values():
+            module.sync()
         weights = (fq.mode for fq in self._weights.values())
         key = (*map(_state, self._activations.values()), *weights, *(norm.training for norm in self._live))
         if key == self._key:
             return
-        self._refuse_other_precisions()
         self._plan = read_plan(self.program)
         snapshots = {id(fq): fq.grid.snapshot() for fq in self._activations.values() if is_on(fq)}
         self._grids = {node: snapshots[id(fq)] for node, fq in self._activations.items() if is_on(fq)}
@@ -125,13 +128,25 @@ class Executor:
         self._key = key
 
     def _refuse_other_precisions(self) -> None:
-        for node, module in self._activations.items():
-            if is_on(module) and module.scale.dtype is not torch.float32:
+        for name, parameter in self.program.module.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype is not torch.float32:
                 raise FxquantError(
-                    f"scale of '{node.name}'",
+                    f"parameter '{name}'",
                     expected="torch.float32",
-                    got=str(module.scale.dtype),
+                    got=str(parameter.dtype),
                     remedy="Codes are computed in float32: undo program.module.half() or .double().",
+                )
+
+    def _refuse_moving_averages(self) -> None:
+        """A kernel gives codes on the grid that is there: what a moving average is to see, it does not keep."""
+        for node, module in self._activations.items():
+            if module.mode is Mode.TRACK and module.training:
+                raise FxquantError(
+                    f"moving average of '{source_of(node).name}'",
+                    expected="program.simulate = 'float' while the module is in training mode",
+                    got="a simulation on codes, in which moving averages would stand still",
+                    remedy="Train in 'float' and evaluate (eval()) in any simulation, freeze the encodings, or train "
+                    "with static or learned ranges.",
                 )
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:

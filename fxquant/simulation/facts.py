@@ -6,7 +6,7 @@ from torch import fx
 
 from fxquant.graph.constants import Constants
 from fxquant.graph.program import Program
-from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.ops.base import OpDef, OpTable, Role
 
@@ -56,7 +56,7 @@ class Facts:
 
 def is_on(module: FakeQuant) -> bool:
     """Whether a FakeQuant quantizes."""
-    return module.mode in (Mode.FAKE, Mode.FROZEN)
+    return module.mode.quantizes
 
 
 def source_of(node: fx.Node) -> fx.Node:

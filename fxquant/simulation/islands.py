@@ -27,7 +27,7 @@ from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.rounding import dequantize, fake_quantize, quantize
 from fxquant.numerics.runtime import RuntimeOptions, Session, open_session
 from fxquant.simulation.regions import Unary
-from fxquant.simulation.tables import Table, look_up
+from fxquant.simulation.tables import Table, look_up, look_up_codes
 
 DEFAULT_OPSET = 21  # export_onnx's
 _SESSIONS = 256  # kept open over all programs
@@ -62,8 +62,7 @@ class Harvest:
         found, grids = self._found.get(function.top), (source.grid, out)
         if found is None or found.function != function or any(map(operator.is_not, found.grids, grids)):
             found = self._found[function.top] = self._renewed(found, function, source.grid, out)
-        values = look_up(found.table, [source])
-        return values if out is None else Codes(values, out)
+        return look_up(found.table, [source]) if out is None else look_up_codes(found.table, [source], out)
 
     def _renewed(self, found: _Harvested | None, function: Unary, grid: Grid, out: Grid | None) -> _Harvested:
         numbers = grid.numbers, None if out is None else out.numbers
@@ -88,9 +87,10 @@ def harvest(function: Unary, grid: Grid, out: Grid | None, opset: int = DEFAULT_
     name = session.output_names[0]
     values = session.run(dict.fromkeys(session.input_names, real.detach().cpu().numpy()), [name])[name]
     value = torch.from_numpy(values.copy()).to(real.device)
+    table = value
     if out is not None:
-        value = (quantize(value, out.scale, out.zero_point, out.qmin, out.qmax) - out.zero_point).to(torch.float32)
-    return Table(value, lambda: (_derivative(program, real, out),))
+        table = (quantize(value, out.scale, out.zero_point, out.qmin, out.qmax) - out.zero_point).to(torch.float32)
+    return Table(table, lambda: (_derivative(program, real, out),), lambda: value if out is None else value / out.scale)
 
 
 def function_program(function: Unary) -> Program:

@@ -14,14 +14,19 @@ from fxquant.simulation.executor import Call
 
 def real_site(call: Call) -> Callable[[tuple[Any, ...]], torch.Tensor]:
     """The site as fake quantization computes it: from the operation's args with real operands to quantized reals."""
-    site, out = call.site, call.out
+    compute, out = unquantized_site(call), call.out
     assert out is not None
+    return lambda args: fake_quantize(compute(args), out.scale, out.zero_point, out.qmin, out.qmax)
+
+
+def unquantized_site(call: Call) -> Callable[[tuple[Any, ...]], torch.Tensor]:
+    """The same, in front of the quantizer."""
 
     def compute(args: tuple[Any, ...]) -> torch.Tensor:
-        value = _target(site.operation)(*args, **site.operation.kwargs)
-        for node in site.activations:
+        value: torch.Tensor = _target(call.site.operation)(*args, **call.site.operation.kwargs)
+        for node in call.site.activations:
             value = _target(node)(value, *node.args[1:], **node.kwargs)
-        return fake_quantize(value, out.scale, out.zero_point, out.qmin, out.qmax)
+        return value
 
     return compute
 

@@ -5,7 +5,8 @@
 
 T comes from the reference formula. D, of the same size, is what fake quantization's gradient would be at each entry:
 the derivative of the same nodes in float, quantizer included, found by autograd when a backward pass first asks for it
-(made in a forward, it would show in the caller's saved-tensor hooks, and could not be made in inference mode).
+(made in a forward, it would show in the caller's saved-tensor hooks, and could not be made in inference mode). So is
+U, what the quantizer was given at each entry, in steps of its grid: learned ranges need it (learned_ranges.py).
 """
 
 from __future__ import annotations
@@ -20,25 +21,33 @@ import torch
 from torch import fx
 
 from fxquant.numerics.codes import Codes, Grid
+from fxquant.numerics.rounding import dequantize
 from fxquant.ops.kernels import PairKernel, UnaryKernel
 from fxquant.simulation.executor import Call
 from fxquant.simulation.first_order import first_order
-from fxquant.simulation.real import real_site
+from fxquant.simulation.learned_ranges import learn
+from fxquant.simulation.real import real_site, unquantized_site
 
 _OPERAND = object()  # stands for an operand
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Centred codes (float32) by index; `derive` computes what `derivatives` keeps."""
+    """Centred codes (float32) by index; `derive` and `unround` compute what `derivatives` and `units` keep."""
 
     codes: torch.Tensor
     derive: Callable[[], tuple[torch.Tensor, ...]]
+    unround: Callable[[], torch.Tensor]
 
     @cached_property
     def derivatives(self) -> tuple[torch.Tensor, ...]:
         """For each operand its derivative by index (real over real)."""
         return self.derive()
+
+    @cached_property
+    def units(self) -> torch.Tensor:
+        """By index the value in front of the quantizer, in steps of its grid."""
+        return self.unround()
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,18 @@ class Tables:
                 with torch.inference_mode(False):
                     table = _make(call, _formula(call, kernel, key[1]), operands, call.out)
             made = self._made[key] = _Made(table, grids, numbers, device)
-        return Codes(look_up(made.table, operands), call.out)
+        return look_up_codes(made.table, operands, call.out)
+
+
+def look_up_codes(table: Table, operands: list[Codes], out: Grid) -> Codes:
+    """A table's codes at its operands' codes; gradients by its derivatives, for a learned range too."""
+    index = _index(operands)
+    values = _look_up(index, table, *(part.centred for part in operands))
+    return learn(Codes(values, out), lambda index: _take(table.units, index), index)
 
 
 def look_up(table: Table, operands: list[Codes]) -> torch.Tensor:
-    """A table's entries at its operands' codes; gradients by its derivatives."""
+    """A table's entries (real numbers) at its operands' codes; gradients by its derivatives."""
     return _look_up(_index(operands), table, *(part.centred for part in operands))
 
 
@@ -102,20 +118,30 @@ def _make(call: Call, formula: Callable[..., torch.Tensor], operands: list[Codes
     centred = (codes - out.zero_point).to(torch.float32)
     # The operands' values are not kept with the table: only where they stand.
     bare = replace(call, args=tuple(_OPERAND if isinstance(part, Codes) else part for part in call.args))
-    return Table(centred, partial(_derivatives, bare, every, grids))
+    return Table(centred, partial(_derivatives, bare, every, grids), partial(_units, bare, every, grids))
 
 
 def _derivatives(call: Call, every: list[torch.Tensor], grids: tuple[Grid, ...]) -> tuple[torch.Tensor, ...]:
     with torch.enable_grad():
-        reals = [
-            ((codes - grid.zero_point).to(torch.float32) * grid.scale).requires_grad_()
-            for codes, grid in zip(every, grids, strict=True)
-        ]
-        given = iter(reals)
-        args = tuple(next(given) if part is _OPERAND else part for part in call.args)
-        value = real_site(call)(args)
+        reals = [real.requires_grad_() for real in _reals(every, grids)]
+        value = real_site(call)(_filled(call, reals))
         found = torch.autograd.grad(value.sum(), reals, allow_unused=True)
     return tuple(torch.zeros_like(one) if one is None else one for one in found)
+
+
+@torch.no_grad()
+def _units(call: Call, every: list[torch.Tensor], grids: tuple[Grid, ...]) -> torch.Tensor:
+    assert call.out is not None
+    return unquantized_site(call)(_filled(call, _reals(every, grids))) / call.out.scale
+
+
+def _reals(every: list[torch.Tensor], grids: tuple[Grid, ...]) -> list[torch.Tensor]:
+    return [dequantize(codes, grid.scale, grid.zero_point) for codes, grid in zip(every, grids, strict=True)]
+
+
+def _filled(call: Call, reals: list[torch.Tensor]) -> tuple[Any, ...]:
+    given = iter(reals)
+    return tuple(next(given) if part is _OPERAND else part for part in call.args)
 
 
 def _index(operands: list[Codes]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import stat
 import sys
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fxquant.graph.program import Note, NoteKind, Program, Stage, ValueType
 from fxquant.graph.render import render
 from fxquant.graph.storage import load_program, save_program
 from fxquant.numerics.fake_quant import FakeQuant, Mode
-from fxquant.spec import QuantSpec, Target
+from fxquant.spec import RANGE_TRAINING, QuantSpec, Target
 from tests.helpers import Builder, aten, quantized_program, residual_program
 
 X = torch.linspace(-2.0, 2.0, 2 * 3 * 8 * 8).reshape(2, 3, 8, 8)
@@ -75,7 +75,7 @@ def test_dropout_survives(tmp_path: Path) -> None:
     assert isinstance(drop, nn.Dropout) and drop.p == 0.25
 
 
-@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode not in (Mode.TRACK, Mode.LEARN)])
 def test_quantizers_keep_spec_mode_grid_and_observations(mode: Mode, tmp_path: Path) -> None:
     program = quantized_program()
     for _, module in program.fake_quant_nodes():
@@ -88,6 +88,29 @@ def test_quantizers_keep_spec_mode_grid_and_observations(mode: Mode, tmp_path: P
         assert (new.spec, new.mode, new.follows) == (old.spec, old.mode, old.follows)
         assert torch.equal(new.scale, old.scale) and torch.equal(new.zero_point, old.zero_point)
         assert torch.equal(new.estimator.low, old.estimator.low) and old.estimator.has_range
+    assert torch.equal(again.module(X), program.module(X))
+
+
+@pytest.mark.parametrize("training", RANGE_TRAINING)
+def test_trained_ranges_survive(training: str, tmp_path: Path) -> None:
+    program = quantized_program()
+    for node, module in program.fake_quant_nodes():
+        spec = (
+            module.spec if module.follows and training == "moving-average" else replace(module.spec, training=training)
+        )
+        twin = FakeQuant(spec, tuple(module.scale.shape), follows=module.follows)
+        twin.set_encoding(module.encoding)
+        twin.engage()
+        program.module.set_submodule(str(node.target), twin)
+    program.recompile()
+    program.module.train()
+    program.module(X)
+    again = saved(program, tmp_path)
+    ranges = {key: value for key, value in program.module.state_dict().items() if ".range." in key}
+    assert bool(ranges) is (training != "static")
+    assert all(torch.equal(value, again.module.state_dict()[key]) for key, value in ranges.items())
+    kinds = {name: type(value) for name, value in again.module.named_parameters()}
+    assert kinds == {name: type(value) for name, value in program.module.named_parameters()}
     assert torch.equal(again.module(X), program.module(X))
 
 
@@ -204,9 +227,9 @@ def test_altered_fingerprint_is_refused(path: Path) -> None:
 
 
 def test_newer_version_is_refused(path: Path) -> None:
-    rewrite_member(path, "manifest.json", lambda data: data.replace(b'"version": 2', b'"version": 99'))
+    rewrite_member(path, "manifest.json", lambda data: data.replace(b'"version": 3', b'"version": 99'))
     with pytest.raises(
-        StorageError, match="expected format version 2; got version 99, written by fxquant .* newer one"
+        StorageError, match="expected format version 3; got version 99, written by fxquant .* newer one"
     ):
         load_program(path)
 

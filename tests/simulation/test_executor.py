@@ -73,7 +73,7 @@ def test_other_precisions_are_refused(name: str) -> None:
     with pytest.raises(FxquantError, match="float32.*float64"):
         program.module(X.double())
     program.module.double()
-    with pytest.raises(FxquantError, match="scale of.*float32.*float64"):
+    with pytest.raises(FxquantError, match="parameter '.*float32.*float64"):
         program.module(X)
 
 

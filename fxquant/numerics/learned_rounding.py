@@ -1,0 +1,146 @@
+"""Quantize and dequantize on a grid that is learned: gradients by the value, and by scale and zero point.
+
+With u = x / s, n = qmin - z, p = qmax - z and G = dL/dx_hat (LSQ, arXiv:1902.08153; LSQ+, arXiv:2004.09576):
+
+    inside the grid (n <= rint(u) <= p)    dx = G    ds = G (rint(u) - u)    dz = 0
+    outside                                dx = 0    ds = G n or G p         dz = -G s
+
+which is autograd of s (clip(rint(x / s) + z, qmin, qmax) - z), rounding passed straight through. Only x is kept: the
+rest is computed again, part by part where one grid is for the whole tensor on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from fxquant.numerics.straight_through import is_plain_cpu
+
+aten = torch.ops.aten
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+_PART = 2**16  # elements: four such tensors of float32 fit in a core's own cache
+
+
+def learned_fake_quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+) -> torch.Tensor:
+    """x_hat for `x` (any float dtype; computed in float32), differentiable by `x`, `scale` and `zero_point`.
+
+    Arguments:
+        scale, zero_point: float32, the latter of whole numbers; both broadcast against `x`.
+    """
+    out = _learned_fake_quantize(x.to(torch.float32), scale, zero_point, qmin, qmax)
+    return out.to(x.dtype)
+
+
+def straight_through_bounds(low: float, high: float) -> tuple[float, float]:
+    """The open interval of float32 numbers that round (half to even) to one of the whole numbers low, ..., high."""
+    return _below_rounding_to(low), _above_rounding_to(high)
+
+
+def grid_gradients(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    step: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    codes: tuple[int, int],
+) -> Gradients:
+    """dx, ds and dz, the latter two of the shape of `scale`, differentiable by all but `x` where that is asked.
+
+    Arguments:
+        grad: G.
+        x, step: u = x / step.
+        scale, zero_point: as in learned_fake_quantize.
+        codes: qmin and qmax.
+    """
+    bounds = _as_numbers(x, zero_point, *codes)
+    if bounds is not None and step.numel() == 1 and not torch.is_grad_enabled():
+        return _of_one_grid(grad, x, step.view(()), scale, bounds)
+    with torch.no_grad():
+        units = x.div(step)
+        grid = units.round()
+        clamped = grid.clamp(codes[0] - zero_point, codes[1] - zero_point)
+        inside = grid.eq(clamped)
+        slope = clamped.sub_(units.where(inside, units.new_zeros(())))
+    if torch.is_grad_enabled():
+        slope = slope - ~inside * (zero_point - zero_point.detach())  # n and p depend on it
+    by_x = grad * inside
+    by_scale, by_zero_point = grad * slope, (by_x - grad) * scale
+    return by_x, by_scale.sum_to_size(scale.shape), by_zero_point.sum_to_size(scale.shape)
+
+
+def _of_one_grid(
+    grad: torch.Tensor, x: torch.Tensor, step: torch.Tensor, scale: torch.Tensor, bounds: tuple[float, float]
+) -> Gradients:
+    """Part by part, so that what is between stays in the cache; ds as scalar products of what is inside and outside."""
+    below, above = straight_through_bounds(*bounds)
+    if grad.stride() != x.stride() or not _is_dense(x):
+        grad, x = grad.contiguous(), x.contiguous()
+    by_x = torch.empty_like(x)
+    starts = range(0, x.numel(), _PART)
+    lines = [one.as_strided((x.numel(),), (1,)) for one in (grad, x, by_x)]
+    rows = [[line[start : start + _PART] for start in starts] for line in lines]
+    spare = x.new_empty(2, min(x.numel(), _PART))
+    slopes, stopped = [x.new_zeros(())], [x.new_zeros(())]
+    for g, part, passed in zip(*rows, strict=True):
+        units, codes = spare[0, : len(part)], spare[1, : len(part)]
+        torch.div(part, step, out=units)
+        aten.hardtanh_backward.grad_input(g, units, below, above, grad_input=passed)
+        units.clamp_(below, above)  # infinite numbers have no difference
+        torch.round(units, out=codes).clamp_(*bounds)
+        slopes.append(torch.dot(passed, torch.sub(codes, units, out=units)))
+        slopes.append(torch.dot(torch.sub(g, passed, out=units), codes))
+        stopped.append(units.sum())
+    by_scale, by_zero_point = torch.stack(slopes).sum(), -scale * torch.stack(stopped).sum()
+    return by_x, by_scale.view_as(scale), by_zero_point.view_as(scale)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _as_numbers(x: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int) -> tuple[float, float] | None:
+    """Bounds of the centred codes, if `x` has one grid, whose numbers can be read without waiting for a device."""
+    if zero_point.numel() != 1 or not is_plain_cpu(x):
+        return None
+    zero = float(zero_point.detach())
+    return qmin - zero, qmax - zero
+
+
+def _below_rounding_to(code: float) -> float:
+    """The largest float32 that rounds to less than `code`: a tie belongs to the even neighbour."""
+    return code - 0.5 if code % 2 else next_float32(code - 0.5, -np.inf)
+
+
+def _above_rounding_to(code: float) -> float:
+    """The smallest float32 that rounds to more than `code`."""
+    return code + 0.5 if code % 2 else next_float32(code + 0.5, np.inf)
+
+
+def next_float32(value: float, towards: float) -> float:
+    """The neighbour of the nearest float32 in that direction."""
+    return float(np.nextafter(np.float32(value), np.float32(towards)))
+
+
+class _LearnedFakeQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.codes = qmin, qmax
+        bounds: Any = _as_numbers(x, zero_point, qmin, qmax) or (qmin - zero_point, qmax - zero_point)
+        return x.div(scale).round_().clamp_(*bounds).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        found = grid_gradients(grads[0], x.detach(), scale.detach(), scale, zero_point, ctx.codes)
+        return (*(one if need else None for one, need in zip(found, ctx.needs_input_grad, strict=False)), None, None)
+
+
+_learned_fake_quantize: Callable[..., torch.Tensor] = _LearnedFakeQuantize.apply  # torch leaves apply untyped
