@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
+from itertools import islice
 
 import torch
 from torch import fx
@@ -12,9 +13,11 @@ from torch import fx
 from fxquant.errors import CalibrationError, FxquantError
 from fxquant.graph.batches import Batch, as_arguments, placeholder_values
 from fxquant.graph.constants import Constants
-from fxquant.graph.module import AT_REST, ProgramModule
+from fxquant.graph.module import AT_REST, AT_WORK, ProgramModule
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
 from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.numerics.live_batch_norm import BatchNormShift
+from fxquant.numerics.lockstep import in_step
 from fxquant.progress import track
 
 
@@ -40,6 +43,9 @@ def calibrate(
             Biases stay in float, and so does a value whose grid another value owns (concatenations).
         progress: show a progress bar when standard error is a terminal.
 
+    After `fxquant.synchronise` all processes calibrate together: their i-th batches count as one, and who has fewer
+    batches waits for the others.
+
     Raises CalibrationError: wrong stage, no batches, NaN or Inf (which value, which batch), values without a range.
     The program's grids are as before if it raises before the ranges are complete.
     """
@@ -57,6 +63,7 @@ def calibrate(
         module.compute_encoding()
     _follow_weights(program)
     settle_biases(program)
+    engage(program)
     program.stage = Stage.CALIBRATED
 
 
@@ -75,7 +82,11 @@ def _require_calibratable(program: Program, batches: Iterable[Batch]) -> None:
         )
 
 
-_SETTLED = (Mode.FROZEN, Mode.OFF)  # what has one of these modes keeps it, and its grid
+def engage(program: Program) -> None:
+    """Begin to move and learn ranges, from the grids as they are, where the specs ask for it."""
+    for _, module in program.fake_quant_nodes():
+        if module.mode is Mode.FAKE:
+            module.engage()
 
 
 def _owners(program: Program) -> list[tuple[fx.Node, FakeQuant]]:
@@ -83,7 +94,7 @@ def _owners(program: Program) -> list[tuple[fx.Node, FakeQuant]]:
     return [
         (node, module)
         for node, module in program.fake_quant_nodes()
-        if not module.follows and node.kwargs.get("observe", True) and module.mode not in _SETTLED
+        if not module.follows and node.kwargs.get("observe", True) and not module.mode.is_settled
     ]
 
 
@@ -97,7 +108,7 @@ def _observing(program: Program, through_quantizers: bool) -> Iterator[None]:
     before = [(module, module.mode) for _, module in program.fake_quant_nodes()]
     for module, mode in before:
         module.mode = _mode_while_observing(module.follows, mode, through_quantizers)
-        if mode not in _SETTLED:
+        if not mode.is_settled:
             module.estimator.reset()
     program.module.eval()
     try:
@@ -108,7 +119,7 @@ def _observing(program: Program, through_quantizers: bool) -> Iterator[None]:
         raise
     else:
         for module, mode in before:
-            module.mode = mode if mode in _SETTLED else Mode.FAKE
+            module.mode = mode if mode.is_settled else Mode.FAKE
     finally:
         for trained in training:
             trained.training = True
@@ -116,8 +127,8 @@ def _observing(program: Program, through_quantizers: bool) -> Iterator[None]:
 
 def _mode_while_observing(follows: bool, before: Mode, through_quantizers: bool) -> Mode:
     if through_quantizers:
-        return before if before in _SETTLED else Mode.OBSERVE_FAKE
-    return Mode.OFF if follows or before in _SETTLED else Mode.OBSERVE
+        return before if before.is_settled else Mode.OBSERVE_FAKE
+    return Mode.OFF if follows or before.is_settled else Mode.OBSERVE
 
 
 def _observe(
@@ -129,16 +140,27 @@ def _observe(
 ) -> int:
     total = max_batches if max_batches is not None else len(batches) if isinstance(batches, Sized) else None
     count = 0
+    estimators = [module.estimator for _, module in owners]
+    peers = estimators[0].peers if estimators else None
+    shown = track(batches, "calibrating", total=total, show=progress and sys.stderr.isatty())
+    fitting = _fitting(program, islice(shown, max_batches))
     with torch.no_grad():
-        for batch in track(batches, "calibrating", total=total, show=progress and sys.stderr.isatty()):
-            if max_batches is not None and count >= max_batches:
-                break
-            _require_fit(program, batch, count)
-            args, kwargs = as_arguments(batch)
-            program.module(*args, **kwargs)
+        for batch in in_step(fitting, peers, estimators[0].low.device if estimators else torch.device("cpu")):
+            if batch is None:
+                for estimator in estimators:  # in the order in which the others' graph runs them
+                    estimator.observe(estimator.low.new_empty(0))
+            else:
+                args, kwargs = as_arguments(batch)
+                program.module(*args, **kwargs)
             _require_finite(owners, count)
             count += 1
     return count
+
+
+def _fitting(program: Program, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for index, batch in enumerate(batches):
+        _require_fit(program, batch, index)
+        yield batch
 
 
 def _require_fit(program: Program, batch: Batch, index: int) -> None:
@@ -196,34 +218,58 @@ def require_ranges(program: Program) -> None:
 
 
 def settle(program: Program) -> list[str]:
-    """Compute the weights' grids from the weights as they are, but for those frozen or off; returns the paths of the
-    FakeQuants that it went to.
+    """Compute the weights' grids from the weights as they are, and learned ones from their parameters, but for those
+    frozen or off; returns the paths of the FakeQuants that it went to.
     """
     paths = _follow_weights(program)
     settle_biases(program)
     return paths
 
 
-def _settle_at_rest(module: ProgramModule) -> None:
+def _settle_at_rest(module: ProgramModule) -> bool:
     """Training moves biases: let eval mode simulate the weight scales that finalize would raise for them."""
     program = Program(module)
     quantizers = [quantizer for _, quantizer in program.fake_quant_nodes()]
     if not any(program.bias_nodes()) or any(quantizer.scale.is_meta for quantizer in quantizers):
-        return
-    if all(one.mode in (Mode.FAKE, Mode.FROZEN) and one.has_encoding for one in quantizers):
+        return True
+    is_ready = all(one.mode is Mode.OFF or (one.mode.quantizes and one.has_encoding) for one in quantizers)
+    if is_ready:
         settle(program)
+    return is_ready
 
 
 AT_REST.append(_settle_at_rest)
 
 
+def _settle_at_work(module: ProgramModule) -> None:
+    """Let training begin at grids that depend on the parameters alone, not on when one has evaluated last.
+
+    A layer in front of a live batch norm computes with another weight and bias in training mode than those deployed,
+    whose floor would only coarsen its grid.
+    """
+    _settle_at_rest(module)
+    program = Program(module)
+    for node, bias in program.bias_nodes():
+        source, weight_quant = _source(node), bias.sources[1]
+        is_live = source.op == "call_module" and isinstance(program.submodule(source), BatchNormShift)
+        if is_live and not weight_quant.mode.is_settled:
+            weight_quant.scale_floor.zero_()
+
+
+AT_WORK.append(_settle_at_work)
+
+
 def _follow_weights(program: Program) -> list[str]:
     constants, paths = Constants(program), []
     for node, module in program.fake_quant_nodes():
-        if module.follows and module.mode not in _SETTLED:
-            module.scale_floor.zero_()  # what an earlier bias needed counts no more
+        if module.mode.is_settled or not (module.follows or module.mode is Mode.LEARN):
+            continue
+        module.scale_floor.zero_()  # what an earlier bias needed counts no more
+        if module.mode is Mode.LEARN:
+            module.sync()
+        else:
             module.follow(constants.tensor(_source(node)).to(module.scale.device))
-            paths.append(str(node.target))
+        paths.append(str(node.target))
     return paths
 
 

@@ -14,7 +14,7 @@ import copy
 import functools
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import EllipsisType
 from typing import Any
 
@@ -26,20 +26,26 @@ from torch.utils import _pytree as pytree
 import fxquant.numerics.live_batch_norm
 import fxquant.numerics.padded_convolution  # noqa: F401  (register operators that a pickled graph may name)
 from fxquant.errors import FxquantError
+from fxquant.graph.fused_clips import fuse_clips
+from fxquant.numerics.estimators import Estimator
+from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.spec import Target
 
 # What GraphModule derives from the graph, or keeps for tools that do not survive a copy; the rest of __dict__ is state.
 _DERIVED = frozenset(
     "_graph _code _lineno_map _prologue_start _in_spec _out_spec _tracer_cls _tracer_extras shape_env "
-    "_replace_hooks _create_node_hooks _erase_node_hooks _deepcopy_hooks _form".split()
+    "_replace_hooks _create_node_hooks _erase_node_hooks _deepcopy_hooks _form _watched _settled".split()
 )
 
 FLOAT = "float"
 Form = Callable[..., Any]
 # By name, what computes a program's outputs instead of the compiled graph; fxquant.simulation fills it.
 FORMS: dict[str, Callable[[ProgramModule, Target], Form]] = {}
-# What is done to a program's module when it is put into eval mode; fxquant.calibration fills it.
-AT_REST: list[Callable[[ProgramModule], None]] = []
+# What is done to a program's module in eval mode, before it computes; False: it is not ready for it.
+# fxquant.calibration fills it.
+AT_REST: list[Callable[[ProgramModule], bool]] = []
+# What is done to it when it is put into training mode; fxquant.calibration fills it.
+AT_WORK: list[Callable[[ProgramModule], None]] = []
 
 
 class ProgramModule(fx.GraphModule):
@@ -71,12 +77,12 @@ class ProgramModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramModule:
         twin = _build(_plain_class(self), type(self).__name__, copy_graph(self.graph))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        twin.__setstate__(copy.deepcopy(self._state(), memo))
         return twin
 
     def __copy__(self) -> ProgramModule:
         twin = _build(_plain_class(self), type(self).__name__, copy_graph(self.graph))
-        twin.__dict__.update(self._state())
+        twin.__setstate__(self._state())
         return twin
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -85,20 +91,29 @@ class ProgramModule(fx.GraphModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.recompile()  # what runs depends on the modules that the graph calls
 
     def recompile(self) -> Any:
         """Compile `forward` from the graph; what other forms derived from the old graph is dropped."""
-        code = super().recompile()
+        graph = self._graph
+        self._graph = fuse_clips(graph, self, copy_graph)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = graph
         compiled = type(self).forward
 
         @functools.wraps(compiled)
         def forward(self: ProgramModule, *args: Any, **kwargs: Any) -> Any:
+            if not self.training and not torch.compiler.is_compiling():
+                self._settle_changes()
             if self.simulation == FLOAT:
                 return compiled(self, *args, **kwargs)
             return self._run_form(*args, **kwargs)
 
         type(self).forward = forward
-        self.__dict__.pop("_form", None)
+        for derived in ("_form", "_watched", "_settled"):
+            self.__dict__.pop(derived, None)
         return code
 
     @_compile._disable_dynamo  # torch.compile runs a form as it is: it interprets the graph, node by node
@@ -118,9 +133,30 @@ class ProgramModule(fx.GraphModule):
     def train(self, mode: bool = True) -> ProgramModule:
         """Set the mode; eval mode settles what finalize would settle, so that it computes what finalize emits."""
         super().train(mode)
-        for settle in () if mode else AT_REST:
-            settle(self)
+        for begin in AT_WORK if mode else ():
+            begin(self)
+        self.settle()
         return self
+
+    def settle(self) -> None:
+        """In eval mode, settle now what finalize would settle.
+
+        eval() does, and each forward in eval mode that finds a parameter, buffer or range changed; what does not show
+        in a tensor's version (`tensor.data.copy_`), or happens between two calls of a compiled module, needs this call.
+        """
+        if not self.training and sum(settle(self) for settle in AT_REST) == len(AT_REST):  # all of them run
+            self.__dict__["_settled"] = self._versions()
+
+    def _settle_changes(self) -> None:
+        if self.__dict__.get("_settled") != self._versions():
+            self.settle()
+
+    def _versions(self) -> list[tuple[int, int]]:
+        """What tells whether a parameter, buffer or range was changed or replaced: identities and versions."""
+        if "_watched" not in self.__dict__:
+            self.__dict__["_watched"] = [place for module in self.modules() for place in _watched(module)]
+        tensors = [table.get(name) for table, name in self.__dict__["_watched"]]
+        return [(id(tensor), tensor._version) for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ProgramModule:
         before = _device_of(self)
@@ -343,6 +379,14 @@ def _build(kind: type[ProgramModule], class_name: str, graph: fx.Graph) -> Progr
 
 def _rebuild(kind: type[ProgramModule], class_name: str, records: list[dict[str, Any]]) -> ProgramModule:
     return _build(kind, class_name, graph_from_records(records))
+
+
+def _watched(module: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where the tensors of one module stand that decide what it computes; a grid that follows a weight does not."""
+    if isinstance(module, FakeQuant):
+        yield from () if module.follows else ((module._buffers, "scale"),)
+    elif not isinstance(module, Estimator):
+        yield from ((table, name) for table in (module._parameters, module._buffers) for name in table)
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -8,7 +8,7 @@
 eval is the folded layer, exactly as it is finalized: both ask the same operators. train normalises by its batch's own
 statistics; there r' is r with |gamma| >= 1/32, so that a gamma of 0 stays finite and its channel keeps the codes by
 which it is trained. BN undoes any scale, so r' takes no gradient: gamma and beta have theirs from BN, and in eval mode
-from the fold.
+from the fold. numerics/batch_statistics.py computes BN(z / r') without dividing z.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
+
+from fxquant.numerics.batch_statistics import BatchStatistics, batch_statistics, normalise, statistics_of_peers
+from fxquant.numerics.peers import Peers
+from fxquant.numerics.recomputing import is_recomputing
 
 SMALLEST_GAMMA = 2.0**-5  # in r' alone: of a channel's 127 codes it leaves 4 where one scale serves all channels
 
@@ -86,6 +91,7 @@ class BatchNormRatio(ConstantModule):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
+        self._latest: torch.Tensor | None = None  # r' of the latest forward in training mode
 
     def at_rest(self, *args: Any) -> torch.Tensor:
         """r of (gamma, variance)."""
@@ -98,7 +104,9 @@ class BatchNormRatio(ConstantModule):
             return self.at_rest(gamma, var)
         if gamma is not None:
             gamma = torch.where(gamma < 0, gamma.clamp(max=-SMALLEST_GAMMA), gamma.clamp(min=SMALLEST_GAMMA)).detach()
-        return self.at_rest(gamma, var)
+        if not is_recomputing() or self._latest is None:  # the first forward has moved the variance since
+            self._latest = self.at_rest(gamma, var)
+        return self._latest
 
     def extra_repr(self) -> str:
         """eps, for printing."""
@@ -122,7 +130,42 @@ class BatchNormShift(ConstantModule):
         return torch.zeros_like(ratio) if bias is None else (bias * ratio).to(ratio.dtype)
 
 
-class LiveBatchNorm(nn.modules.batchnorm._BatchNorm):
+class BatchStatisticsNorm(nn.modules.batchnorm._BatchNorm):
+    """Base of the batch norms that compute BN(input / ratio) as batch_statistics.py does, and with all peers."""
+
+    peers: Peers | None = None
+
+    def _normalised(self, rows: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
+        """`rows` (N, C, ...) / `ratio`, normalised by the batch, which moves the running statistics."""
+        if self.peers is None and rows.numel() == 0:
+            return functional.batch_norm(rows, None, None, self.weight, self.bias, training=True)
+        statistics = batch_statistics(rows) if self.peers is None else statistics_of_peers(rows, self.peers)
+        if statistics.count < 2:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {rows.shape}")
+        if not is_recomputing():  # checkpointing's second forward is of the same batch
+            self._keep(statistics, ratio)
+        return normalise(rows, statistics, ratio, self.weight, self.bias, self.eps, self.peers)
+
+    @torch.no_grad()
+    def _keep(self, statistics: BatchStatistics, ratio: torch.Tensor) -> None:
+        """Move the running statistics towards a batch's of input / ratio (its unbiased variance)."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.running_mean is None or self.running_var is None:
+            return
+        mean = statistics.mean / ratio
+        var = statistics.var / ratio.square() * (statistics.count / (statistics.count - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.lerp_(new.to(running.dtype), self._share(running.dtype))
+
+    def _share(self, dtype: torch.dtype) -> float | torch.Tensor:
+        """Of the newest batch in the running statistics; momentum None: all batches count the same."""
+        if self.momentum is not None or self.num_batches_tracked is None:
+            return self.momentum or 0.0
+        return self.num_batches_tracked.to(dtype).reciprocal()
+
+
+class LiveBatchNorm(BatchStatisticsNorm):
     """The batch norm behind a layer that simulates its fold: in eval mode, nothing.
 
     It holds the batch norm's tensors under their own names; `ratio` and `shift` have its mode and none.
@@ -155,11 +198,9 @@ class LiveBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise `input` / `ratio` in training mode; channels on axis 1, or on the last one."""
         if not self.training:
             return input
-        if channels_last:
-            rows: torch.Tensor = super().forward(input.flatten(0, -2) / ratio)
-            return rows.view(input.shape)
-        wide: torch.Tensor = super().forward(input / ratio.view(-1, *[1] * (input.ndim - 2)))
-        return wide
+        rows = input.flatten(0, -2) if channels_last else input
+        out = self._normalised(rows, ratio)
+        return out.view(input.shape) if channels_last else out
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
         """Any rank: capture saw it pass the model's own check."""

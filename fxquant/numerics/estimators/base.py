@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fxquant.numerics.peers import Peers
 from fxquant.spec import Granularity, QuantSpec
 
 
@@ -21,10 +22,13 @@ class Estimator(nn.Module):
         spec: the grid that the range is for.
         shape: the encoding's shape.
         number: the number in the estimator's brackets, or its default; None if it takes none.
+
+    With `peers`, what all processes see counts as one tensor: `observe` and `range` are collective then.
     """
 
     low: torch.Tensor
     high: torch.Tensor
+    peers: Peers | None = None
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), number: float | None = None) -> None:
         super().__init__()
@@ -45,11 +49,9 @@ class Estimator(nn.Module):
 
     def observe(self, x: torch.Tensor) -> None:
         """Take a tensor into account; empty tensors say nothing."""
-        if x.numel() == 0:
-            return
-        rows = rows_of(x.detach().to(torch.float32), self.spec.granularity)
-        low, high = extremes(rows)
-        self.update(rows, low.view_as(self.low), high.view_as(self.high))
+        seen = seen_by_all(x, self.spec.granularity, self.low.shape, self.peers)
+        if seen is not None:
+            self.update(*seen)
 
     def update(self, rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
         """Take one tensor into account: its rows, and their extremes in the encoding's shape."""
@@ -83,6 +85,25 @@ def extremes(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return rows.amin(dim=1), rows.amax(dim=1)  # torch.aminmax along an axis takes twenty times as long
     low, high = torch.aminmax(rows)
     return low[None], high[None]
+
+
+def seen_by_all(
+    x: torch.Tensor, granularity: Granularity, shape: torch.Size, peers: Peers | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The rows of `x`, and the extremes (of `shape`) of what it and the peers' tensors hold; None if all are empty."""
+    if peers is None and x.numel() == 0:
+        return None
+    if x.numel():
+        rows = rows_of(x.detach().to(torch.float32), granularity)
+        low, high = extremes(rows)
+    else:
+        rows = x.new_empty(shape.numel(), 0, dtype=torch.float32)
+        low, high = (rows.new_full((len(rows),), end) for end in (float("inf"), float("-inf")))
+    if peers is not None:
+        low, high = peers.extremes(low, high)
+        if bool((low > high).any()):
+            return None
+    return rows, low.view(shape), high.view(shape)
 
 
 class MinMax(Estimator):

@@ -47,6 +47,7 @@ class DistributionEstimator(Estimator):
 
     candidates = 1  # ranges that `choose` tries at a time
     takes_values = True  # whether `choose` can do with values, of reach 0, in place of bins
+    _is_apart = False  # whether `counts` says less than all peers counted
 
     def __init__(self, spec: QuantSpec, shape: tuple[int, ...] = (), number: float | None = None) -> None:
         super().__init__(spec, shape, number)
@@ -59,19 +60,37 @@ class DistributionEstimator(Estimator):
     def reset(self) -> None:
         """Forget everything observed."""
         super().reset()
+        self._is_apart = False
         self.counts = self.counts.new_zeros(len(self.counts), 0)
 
     def update(self, rows: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
         """Widen the extremes and count the values."""
         self._widen(low, high)
         if self._is_finite:
+            self._part()
             self._histogram().add(rows, self.low.flatten(), self.high.flatten())
 
     def range(self) -> Ranges:
         """The range chosen from all that was observed."""
         if not self._is_finite:
             return self.low, self.high
+        self._join()
         return self._chosen(self._histogram(), self.low.flatten(), self.high.flatten())
+
+    def _part(self) -> None:
+        """Count apart from the peers; the first keeps what was counted before."""
+        if self.peers is None or self._is_apart:
+            return
+        self._is_apart = True
+        if self.peers.rank:
+            self.counts.zero_()
+
+    def _join(self) -> None:
+        """Add the peers' counts. Bins follow from the extremes, which are those of all: all have the same."""
+        if self.peers is None or not self._is_apart:
+            return
+        self._is_apart = False
+        self.counts = self.peers.total(self.counts)
 
     def range_of(self, x: torch.Tensor) -> Ranges:
         """The range of `x` by itself. The last tensor is kept: as long as the values are the same, so is the range."""
