@@ -14,14 +14,22 @@ from fxquant.graph.program import Program, Stage
 from fxquant.graph.storage import load_program
 from fxquant.lowering.export import export_onnx
 from fxquant.parity import ParityReport, check_parity
+from fxquant.schedule import Schedule
 from fxquant.sim import QuantSim
 from fxquant.simulation import Strategy, strategies
 from fxquant.spec import Encoding, Granularity, Limits, QuantSpec, SpecOverride, Target
+from fxquant.train import train_qat
+from fxquant.training.batch_norm import ReestimatedStatistics, reestimate_batch_norm
+from fxquant.training.distributed import synchronise
+from fxquant.training.history import EpochRecord, TrainingResult
+from fxquant.training.parameter_groups import parameter_groups
+from fxquant.training.schedule_runner import ScheduleRunner
 
 __version__ = version("fxquant")
 
 __all__ = [
     "Encoding",
+    "EpochRecord",
     "FxquantError",
     "Granularity",
     "Limits",
@@ -32,10 +40,14 @@ __all__ = [
     "Program",
     "QuantSim",
     "QuantSpec",
+    "ReestimatedStatistics",
+    "Schedule",
+    "ScheduleRunner",
     "SpecOverride",
     "Stage",
     "Strategy",
     "Target",
+    "TrainingResult",
     "calibrate",
     "capture",
     "check_parity",
@@ -43,6 +55,10 @@ __all__ = [
     "load_encodings",
     "load_pipeline",
     "load_program",
+    "parameter_groups",
+    "reestimate_batch_norm",
     "save_encodings",
     "strategies",
+    "synchronise",
+    "train_qat",
 ]

@@ -24,7 +24,9 @@ from fxquant.lowering.clean import export_clean
 from fxquant.lowering.export import export_onnx
 from fxquant.lowering.lower import check_opset
 from fxquant.parity import ParityReport, check_parity
+from fxquant.schedule import Schedule
 from fxquant.spec import SpecOverride
+from fxquant.training.schedule_runner import ScheduleRunner
 
 
 class QuantSim:
@@ -35,6 +37,9 @@ class QuantSim:
         example_inputs: a tensor, a tuple of tensors or a dict of keywords.
         config: name of a packaged pipeline, a path (.toml, or AIMET's .json), or a Pipeline.
         activation, weight: what to change of the config's specs of activations and weights, wherever it has them.
+        schedule: of training; None for the config's.
+
+    `schedule` says what `step_epoch` does; `epoch` counts the epochs done.
     """
 
     def __init__(
@@ -45,11 +50,14 @@ class QuantSim:
         *,
         activation: SpecOverride | None = None,
         weight: SpecOverride | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         pipeline = config if isinstance(config, Pipeline) else load_pipeline(config)
         self.pipeline = pipeline.override(activation, weight)
         self.program: Program = capture(model, example_inputs)
         self.trace = self.pipeline.prepare(self.program)
+        self.schedule = self.pipeline.schedule if schedule is None else schedule
+        self.epoch = 0
 
     @property
     def model(self) -> ProgramModule:
@@ -77,12 +85,22 @@ class QuantSim:
         """Stop all grids where they are."""
         self._run("freeze-observers")
 
+    def step_epoch(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[str, ...]:
+        """Call it after each epoch of your own training loop: freezes what the schedule says is due, and divides the
+        optimizer's learning rates; returns in words what it did (ScheduleRunner.step).
+        """
+        runner = ScheduleRunner(self.program, self.pipeline, self.schedule, self.epoch)
+        actions = runner.step(optimizer)
+        self.epoch = runner.epoch
+        return actions
+
     def _run(self, name: str) -> None:
         PassManager([self.pipeline.make_pass(name)]).run(self.program)
 
     def snapshot(self) -> Program:
-        """A finalized copy, ready for export; this simulation is not disturbed."""
+        """A finalized copy in eval mode, ready for export, at any time: training goes on as if nothing had happened."""
         twin = self.program.copy()
+        twin.module.eval()
         self.pipeline.finalize(twin)
         return twin
 

@@ -1,4 +1,6 @@
-"""The ..._qat presets: each is its plain twin but for what keeps batch norm live, and exports the same structure."""
+"""The ..._qat presets: each is its plain twin but for what keeps batch norm live, and exports the same structure; the
+..._lsq presets: int8_per_channel_qat but for bits, estimators and what learns ranges.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,22 @@ import onnx
 import pytest
 import torch
 
+from fxquant.numerics.fake_quant import Mode
 from fxquant.sim import QuantSim
 from fxquant.spec import Target
-from tests.passes.live import IMAGE, model_of
+from tests.passes.live import IMAGE, model_of, train
 
 TWINS = ("int8_per_channel", "int8_per_tensor", "int8_reduced_range", "w4a8", "xnnpack", "qnn_htp", "tensorrt")
+TRAINING = {
+    "epochs": 15,
+    "learning_rate": 1e-5,
+    "learning_rate_divisor": 10.0,
+    "divide_every": 5,
+    "freeze_batch_norm_after": 3,
+    "freeze_encodings_after": 4,
+}
+# By name: what a preset with learned ranges has of bits, and by which estimators its ranges start.
+LEARNED = {"int8_per_channel_lsq": (8, "moving-average", None), "w4a4_lsq": (4, "mse", "mse")}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
@@ -29,6 +42,7 @@ def as_twin(plain: dict[str, Any]) -> dict[str, Any]:
         if step["pass"] == "assign-specs":
             step["activation"]["estimator"] = "moving-average"
     found["finalize"].insert(0, {"pass": "fold-live-batch-norm"})
+    found["training"] = TRAINING
     return found
 
 
@@ -79,3 +93,63 @@ def test_training_moves_the_weights_of_the_model_by_their_own_names(twin: str) -
     sim.model(x).square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in sim.model.named_parameters()}
     assert all(gradient is not None and bool(torch.isfinite(gradient).all()) for gradient in gradients.values())
+
+
+# --- learned ranges --------------------------------------------------------------------------------------------------
+
+
+def as_learned(qat: dict[str, Any], bits: int, activation: str, weight: str | None) -> dict[str, Any]:
+    """What learning ranges makes of int8_per_channel_qat."""
+    found = copy.deepcopy(qat)
+    (assign,) = [step for step in found["prepare"] if step["pass"] == "assign-specs"]
+    assign["activation"] |= {"bits": bits, "estimator": activation, "training": "lsq+"}
+    assign["weight"] |= {"bits": bits, "training": "lsq"} | ({} if weight is None else {"estimator": weight})
+    found["training"] |= {"freeze_encodings_after": "never"}
+    return found
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+def test_learned_preset_is_the_qat_one_but_for_what_learns_ranges(preset: str) -> None:
+    qat, learned = (tomllib.loads((CONFIGS / f"{name}.toml").read_text()) for name in ("int8_per_channel_qat", preset))
+    assert learned == as_learned(qat, *LEARNED[preset])
+
+
+def test_every_packaged_preset_that_learns_ranges_is_tested_here() -> None:
+    assert sorted(path.stem for path in CONFIGS.glob("*_lsq.toml")) == sorted(LEARNED)
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+@pytest.mark.parametrize("case", ["nested", "conv with bias, eps=1e-3"])
+def test_no_code_differs_after_ranges_were_trained(preset: str, case: str, tmp_path: Path) -> None:
+    model, x = model_of(case)
+    sim = QuantSim(model, (x,), config=preset)
+    sim.compute_encodings([x], progress=False)
+    assert {fq.mode for _, fq in sim.program.fake_quant_nodes()} == {Mode.LEARN}
+    before = {name: tensor.clone() for name, tensor in sim.model.named_parameters()}
+    train(sim.program, x)
+    moved = {name for name, tensor in sim.model.named_parameters() if not torch.equal(tensor, before[name])}
+    assert {name for name in before if name.endswith(".range.scale")} <= moved
+    path = sim.export(tmp_path)
+    sim.program.simulate = "exact"
+    report = sim.check_parity(path, [(IMAGE,)])
+    assert report.exact and "0 float islands, 0 uncertified" in str(report)
+
+
+@pytest.mark.parametrize("preset", LEARNED)
+def test_learned_ranges_obey_the_limits_of_relu6(preset: str) -> None:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU6(), torch.nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    sim = QuantSim(net, (x,), config=preset)
+    sim.compute_encodings([x], progress=False)
+    capped = [fq for _, fq in sim.program.fake_quant_nodes() if fq.spec.limits.high == 6.0]
+    assert capped
+    with torch.no_grad():
+        for fq in capped:
+            assert fq.range is not None
+            for name, parameter in fq.range.named_parameters():
+                parameter.add_(100.0 if name.endswith("scale") else -3.0)
+    sim.model(x)
+    for fq in capped:
+        largest = fq.scale * (fq.spec.qmax - fq.zero_point)  # in float32, as onnxruntime asks
+        assert float(largest) <= 6.0 and float(fq.encoding.min) == 0.0

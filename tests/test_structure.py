@@ -12,15 +12,17 @@ ROOT = Path(__file__).parent.parent
 
 # Lower layers first; modules of one row may import each other.
 LAYERS = (
-    ("fxquant.errors", "fxquant.files", "fxquant.limits", "fxquant.progress", "fxquant.spec"),
+    ("fxquant.errors", "fxquant.files", "fxquant.limits", "fxquant.progress", "fxquant.schedule", "fxquant.spec"),
     ("fxquant.numerics",),
     ("fxquant.ops",),
     ("fxquant.graph",),
     ("fxquant.capture", "fxquant.calibration", "fxquant.placement"),
+    ("fxquant.training",),
     ("fxquant.lowering",),
     ("fxquant.encodings", "fxquant.simulation"),
     ("fxquant.parity",),
-    ("fxquant.sim", "fxquant.demo", "fxquant.cli", "fxquant.__main__", "fxquant"),
+    ("fxquant.sim",),
+    ("fxquant.train", "fxquant.demo", "fxquant.cli", "fxquant.__main__", "fxquant"),
 )
 
 

@@ -148,7 +148,7 @@ class _Run:
 
     def _rewrite(self, item: Pass, rewriter: Rewriter) -> None:
         program = self.program
-        is_checked = item.contract is Contract.PRESERVES
+        is_checked, float_state = item.contract is Contract.PRESERVES, program.float_state
         if is_checked:
             self.check.before()
         item.rewrite(program, rewriter)
@@ -162,6 +162,8 @@ class _Run:
             self.check.after()
         if item.leaves is not None:
             program.stage = item.leaves
+        if rewriter.edits:
+            program.float_state = float_state.after(item.name, self.snapshot, after)
         self._render_changes(after, bool(rewriter.edits))
         self.snapshot = replace(after, stage=program.stage)
 

@@ -7,6 +7,10 @@ catalogue = "fxquant.passes:CATALOG"         # a dict of pass classes by name; y
 pass = "assign-specs"                        # every other key is an option: a field of the pass
 activation = { bits = 8, signed = false }
 
+[training]                                   # fxquant.Schedule; where it is left out, its defaults
+epochs = 15
+freeze_encodings_after = "never"
+
 [[finalize]]
 pass = "settle-encodings"
 
@@ -34,12 +38,14 @@ from fxquant.graph.options import decode, decode_dataclass, encode
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.trace import PassTrace
+from fxquant.graph.training_table import decode_schedule, encode_schedule
+from fxquant.schedule import DEFAULT_SCHEDULE, Schedule
 from fxquant.spec import QuantSpec, SpecOverride, Target
 
 DEFAULT_CATALOGUE = "fxquant.passes:CATALOG"
 CONFIGS = "fxquant.configs"
 PLACEMENT_TEMPLATE = "aimet_default"
-_KEYS = ("target", "catalogue", "prepare", "finalize")
+_KEYS = ("target", "catalogue", "prepare", "training", "finalize")
 
 
 class Pipeline:
@@ -51,6 +57,7 @@ class Pipeline:
         target: the runtime whose rules the passes obey.
         name: for messages.
         catalogue: where `to_toml` says that the passes come from.
+        schedule: of the training between the two, if there is any.
     """
 
     def __init__(
@@ -60,12 +67,14 @@ class Pipeline:
         target: Target = Target.ONNXRUNTIME_X64,
         name: str = "pipeline",
         catalogue: str = DEFAULT_CATALOGUE,
+        schedule: Schedule = DEFAULT_SCHEDULE,
     ) -> None:
         self.prepare_passes = prepare
         self.finalize_passes = finalize
         self.target = target
         self.name = name
         self.catalogue = catalogue
+        self.schedule = schedule
 
     def prepare(self, program: Program, check_inputs: Batch | None = None) -> PassTrace:
         """Set the program's target, then run the prepare passes on it, in place (see PassManager.run)."""
@@ -108,7 +117,12 @@ class Pipeline:
         for name in given:
             if not any(isinstance(getattr(item, name, None), QuantSpec) for item in passes):
                 raise ConfigError(f"pipeline '{self.name}' has no pass with a spec for '{name}'")
-        return Pipeline(PassManager(passes), self.finalize_passes, self.target, self.name, self.catalogue)
+        manager = PassManager(passes)
+        return Pipeline(manager, self.finalize_passes, self.target, self.name, self.catalogue, self.schedule)
+
+    def with_schedule(self, schedule: Schedule) -> Pipeline:
+        """This pipeline with another schedule of its training."""
+        return Pipeline(self.prepare_passes, self.finalize_passes, self.target, self.name, self.catalogue, schedule)
 
     def make_pass(self, name: str) -> Pass:
         """The pass called `name` of the pipeline's catalogue, with its options at their defaults."""
@@ -120,10 +134,11 @@ class Pipeline:
     def to_toml(self) -> str:
         """The pipeline as a file that `load_pipeline` reads back; options at their defaults are left out."""
         lines = [f"target = {_toml(self.target.value)}", f"catalogue = {_toml(self.catalogue)}"]
-        for section, passes in (("prepare", self.prepare_passes), ("finalize", self.finalize_passes)):
-            for item in passes:
-                lines += ["", f"[[{section}]]", f"pass = {_toml(item.name)}"]
-                lines += [f"{_key(key)} = {_toml(value)}" for key, value in encode(item).items()]
+        lines += _pass_tables("prepare", self.prepare_passes)
+        schedule = encode_schedule(self.schedule)
+        if schedule:
+            lines += ["", "[training]", *_entries(schedule)]
+        lines += _pass_tables("finalize", self.finalize_passes)
         return "\n".join(lines) + "\n"
 
     def __repr__(self) -> str:
@@ -183,7 +198,7 @@ def _with_placement(text: str, name: str, place: str) -> Pipeline:
     frame = load_pipeline(PLACEMENT_TEMPLATE)
     prepare = frame.prepare_passes
     passes = [item.with_file(text, place) if isinstance(item, ReadsPlacement) else item for item in prepare]
-    return Pipeline(PassManager(passes), frame.finalize_passes, frame.target, name, frame.catalogue)
+    return Pipeline(PassManager(passes), frame.finalize_passes, frame.target, name, frame.catalogue, frame.schedule)
 
 
 def packaged_pipelines() -> list[str]:
@@ -207,7 +222,8 @@ def parse_pipeline(text: str, name: str, *, place: str) -> Pipeline:
     prepare = _manager(content.get("prepare", []), "prepare", known, place)
     finalize = _manager(content.get("finalize", []), "finalize", known, place)
     _check_starts(prepare, finalize, place)
-    return Pipeline(prepare, finalize, target, name, catalogue)
+    schedule = decode_schedule(content.get("training", {}), f"{place}: training")
+    return Pipeline(prepare, finalize, target, name, catalogue, schedule)
 
 
 def _overridden(item: Pass, given: Mapping[str, SpecOverride]) -> Pass:
@@ -299,6 +315,17 @@ def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> No
             expected=f"passes that run at {' or '.join(map(str, handed))}, which prepare and calibration leave",
             got=f"passes that start at {' or '.join(map(str, finalize.entries))}",
         )
+
+
+def _pass_tables(section: str, passes: PassManager) -> list[str]:
+    lines: list[str] = []
+    for item in passes:
+        lines += ["", f"[[{section}]]", f"pass = {_toml(item.name)}", *_entries(encode(item))]
+    return lines
+
+
+def _entries(options: Mapping[str, Any]) -> list[str]:
+    return [f"{_key(key)} = {_toml(value)}" for key, value in options.items()]
 
 
 def _key(text: str) -> str:

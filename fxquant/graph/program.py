@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -26,9 +27,10 @@ from fxquant.spec import QuantSpec, Target
 
 if TYPE_CHECKING:
     from fxquant.graph.coverage import CoverageReport
+    from fxquant.graph.float_state import FloatState, LoadedKeys
 
 FAKE_QUANTS = "fake_quants"
-_HISTORY = re.compile(rf"{FAKE_QUANTS}\..+\.(estimator\..+|scale_floor)")
+_HISTORY = re.compile(rf"{FAKE_QUANTS}\..+\.(estimator\..+|range\..+|scale_floor)")
 
 
 class Stage(IntEnum):
@@ -53,6 +55,7 @@ class NoteKind(Enum):
     FROZEN_STATE = "frozen state"  # functional batch norm, train() overrides
     FLOAT = "float"  # what stays in float, and why
     BIAS = "bias"  # a weight scale that was raised for its bias
+    TRAINING = "training"  # what was frozen in training, and when
     OTHER = "other"
 
 
@@ -134,12 +137,29 @@ class Program:
         stage: Stage = Stage.CAPTURED,
         target: Target = Target.ONNXRUNTIME_X64,
         notes: tuple[Note, ...] = (),
+        float_state: FloatState | None = None,
     ) -> None:
         self.module = module
         self.name = name
         self.stage = stage
         self.target = target
         self.notes = notes
+        self._float_state = float_state
+
+    @property
+    def float_state(self) -> FloatState:
+        """The state of the original model, and what passes changed of it; unless given, what `module` holds when this
+        is first asked for, which the PassManager does.
+        """
+        from fxquant.graph.float_state import FloatState
+
+        if self._float_state is None:
+            self._float_state = FloatState.of(self.module)
+        return self._float_state
+
+    @float_state.setter
+    def float_state(self, state: FloatState) -> None:
+        self._float_state = state
 
     @property
     def graph(self) -> fx.Graph:
@@ -243,7 +263,8 @@ class Program:
                 "adopt encodings", expected="a grid for every value", got=f"none for {names}", remedy=remedy
             )
         for _, module in quants:
-            module.mode = Mode.FAKE if module.mode is Mode.OBSERVE else module.mode
+            if module.mode is Mode.OBSERVE:
+                module.engage()
         self.stage = Stage.CALIBRATED
 
     def link_biases(self) -> None:
@@ -275,11 +296,51 @@ class Program:
 
     def copy(self) -> Program:
         """A copy that shares nothing with this one."""
+        return self.with_module(copy.deepcopy(self.module))
+
+    def with_module(self, module: ProgramModule) -> Program:
+        """A program like this one around a copy of its module, which it takes over: an average, one that was unpickled.
+
+        ema = torch.optim.swa_utils.AveragedModel(program.module, multi_avg_fn=..., use_buffers=True)
+        averaged = program.with_module(ema.module)
+        averaged.module.eval()
+        """
+        if graph_to_records(module.graph) != graph_to_records(self.graph):
+            raise FxquantError(
+                "with_module",
+                expected="a copy of this program's module",
+                got="a module with another graph",
+                remedy="Copy the module again: a pass has changed the program since, or it is another program's.",
+            )
         twin = Program(
-            copy.deepcopy(self.module), name=self.name, stage=self.stage, target=self.target, notes=self.notes
+            module,
+            name=self.name,
+            stage=self.stage,
+            target=self.target,
+            notes=self.notes,
+            float_state=self._float_state,
         )
         twin.link_biases()
         return twin
+
+    def load_float_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> LoadedKeys:
+        """Load a float checkpoint of the original model, by its own names, into the program's parameters and buffers.
+
+        Values are copied in place, so parameters keep their identity: optimizers and groups go on. Weights' grids
+        follow; learned ranges, activations' grids and what is frozen stay as they are: calibrate again if the
+        checkpoint is another training's.
+
+        Arguments:
+            state_dict: of the model that was captured. One name of a tied tensor is enough.
+            strict: False lets missing and unexpected keys be, and returns them.
+
+        Raises FxquantError that lists what is missing, unexpected, of another shape or kind; and, by name, the tensors
+        that a pass has changed (folded, removed), of which nothing can be loaded any more. The program is then as
+        before. After finalize nothing can be loaded.
+        """
+        from fxquant.graph.float_state import load_float_state
+
+        return load_float_state(self, state_dict, strict)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file lowered from it carries it.
@@ -297,6 +358,30 @@ class Program:
             digest.update(f"{key}:{raw.dtype}:{tuple(tensor.shape)}".encode())
             digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
         return digest.hexdigest()
+
+    def quantizers(
+        self, *, weights: bool = True, activations: bool = True, only: str = ".*"
+    ) -> AbstractContextManager[None]:
+        """Switch quantizers off inside a `with`: is accuracy limited by the weights or by the activations?
+
+            with program.quantizers(activations=False):
+                accuracy = evaluate(program.module)
+
+        False switches a group off; True leaves each of it as it is, so that contexts nest, and what was off stays off.
+        On leaving, also by an exception, every quantizer has its mode back: calibrating, learned, moving or frozen. A
+        bias is on the grid of its layer's input and weight, and in float where either is off. All simulations know it.
+        Training inside is training without these quantizers: gradients pass them as if they were not there, and
+        ranges that are learned get none.
+
+        Arguments:
+            weights, activations: whether these are to quantize.
+            only: a regular expression that a value's name ("conv1_weight") or module path must match in full.
+
+        Raises FxquantError if no quantizer's name matches.
+        """
+        from fxquant.graph.switches import switched
+
+        return switched(self, weights=weights, activations=activations, only=only)
 
     def coverage(self) -> CoverageReport:
         """Each float value with its spec, encoding and rule, or the reason why it stays in float; at any stage."""

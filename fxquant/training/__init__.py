@@ -1,0 +1,1 @@
+"""What happens to a program between calibration and finalize: schedules, parameter groups, statistics, processes."""
