@@ -165,7 +165,7 @@ def measure(kind: str, net: nn.Module, options: Options) -> list[Row]:
             job = Job(KINDS[kind], options, way, folder)
             torch.save(net.state_dict(), job.start)
             count = options.processes if way in (TOGETHER, APART) else 1
-            multiprocessing.spawn(work, (job, count), nprocs=count)  # type: ignore[no-untyped-call]
+            multiprocessing.spawn(work, (job, count), nprocs=count)  # type: ignore[attr-defined]
             found[way] = [torch.load(job.result(rank), weights_only=False) for rank in range(count)]
     return [compare(kind, way, outcomes, found[ONE][0]) for way, outcomes in found.items()]
 
@@ -237,7 +237,8 @@ def trained(job: Job, rank: int, count: int) -> Outcome:
     optimizer = torch.optim.SGD(fxquant.parameter_groups(model, 1e-2, 1e-4), lr=1e-2, momentum=0.9)
     for batch in batches:
         optimizer.zero_grad()
-        functional.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch]).backward()
+        loss = functional.cross_entropy(model(digits.train_images[batch]), digits.train_labels[batch])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return _outcome(sim, digits.test_images, digits.test_labels)
 

@@ -63,9 +63,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    choices = {"nets": NETS, "ranges": RANGES, "norms": BATCH_NORMS, "bits": BITS}
+    choices = {"nets": [*NETS], "ranges": [*RANGES], "norms": [*BATCH_NORMS], "bits": [*BITS]}
     for name, known in choices.items():
-        parser.add_argument(f"--{name}", nargs="+", default=list(known), choices=list(known), metavar=name.upper())
+        parser.add_argument(f"--{name}", nargs="+", default=known, choices=known, metavar=name.upper())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser.parse_args(arguments)
 

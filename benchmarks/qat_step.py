@@ -7,7 +7,7 @@ memory is that of a whole process since it was ready to train. Peers run in envi
 
     live     batch norm in training mode, the folded weight simulated, all outputs quantized
     folded   batch norm folded first
-    learned  live, with learned ranges: LSQ+ of activations, LSQ of weights
+    learned  live, with learned ranges of activations (LSQ+)
     exact    live, in the exact simulation
 """
 

@@ -31,7 +31,7 @@ FORMS = {
     "float": Form(None),
     "live": Form("int8_per_channel_qat"),
     "folded": Form("int8_per_channel"),
-    "learned": Form("int8_per_channel_lsq"),
+    "learned": Form("int8_per_channel_lsq_qat"),
     "exact": Form("int8_per_channel_qat", "exact"),
 }
 

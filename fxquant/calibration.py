@@ -63,6 +63,7 @@ def calibrate(
         module.compute_encoding()
     _follow_weights(program)
     settle_biases(program)
+    _follow_at_work(program)
     engage(program)
     program.stage = Stage.CALIBRATED
 
@@ -271,6 +272,34 @@ def _follow_weights(program: Program) -> list[str]:
             module.follow(constants.tensor(_source(node)).to(module.scale.device))
         paths.append(str(node.target))
     return paths
+
+
+def _follow_at_work(program: Program) -> None:
+    """Let the grids of weights that are to be learned begin at the weights as training computes them.
+
+    Behind a gamma of nearly 0 those are far larger than the deployed ones (r' for r, numerics/live_batch_norm.py).
+    """
+    constants = Constants(program, at_work=True)
+    for node, module in program.fake_quant_nodes():
+        if module.follows and module.mode is Mode.FAKE and module.range is not None:
+            module.follow(constants.tensor(_source(node)).to(module.scale.device))
+
+
+def hold(program: Program) -> None:
+    """Settle grids that are about to be frozen, and let them hold what training computes with, too.
+
+    In front of a live batch norm whose gamma is nearly 0, a grid of the deployed weight alone would cut off the weight
+    that is trained (r' for r, numerics/live_batch_norm.py). Learned grids stay as they are learned.
+    """
+    settle(program)
+    constants = Constants(program, at_work=True)
+    for node, module in program.fake_quant_nodes():
+        if module.follows and not (module.mode.is_settled or module.mode is Mode.LEARN):
+            scale, zero_point = module.scale.clone(), module.zero_point.clone()
+            module.follow(constants.tensor(_source(node)).to(scale.device))
+            is_coarser = module.scale > scale
+            module.zero_point.copy_(torch.where(is_coarser, module.zero_point, zero_point))
+            module.scale.copy_(torch.where(is_coarser, module.scale, scale))
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -6,12 +6,16 @@ The rate of epoch e (from 0) is learning_rate / learning_rate_divisor ^ floor(e 
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
-from fxquant.errors import ConfigError
+from fxquant.errors import ConfigError, clipped
 
 NEVER = "never"  # how a file says None, where None is never
 MAY_BE_NEVER = ("divide_every", "freeze_batch_norm_after", "freeze_encodings_after")
+MOST_EPOCHS = 2**63 - 1  # what TOML can say
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class Schedule:
         freeze_encodings_after: after how many epochs no grid moves any more, learned ones included (torchvision's
             reference training: 4); None is never.
 
-    To freeze before the first epoch, call `sim.freeze_batch_norm()` or `sim.freeze_encodings()`. Raises ConfigError.
+    Numbers of numpy become plain ones. To freeze before the first epoch, call `sim.freeze_batch_norm()` or
+    `sim.freeze_encodings()`. Raises ConfigError.
     """
 
     epochs: int = 15
@@ -42,19 +47,16 @@ class Schedule:
     freeze_encodings_after: int | None = 4
 
     def __post_init__(self) -> None:
-        _require_count("epochs", self.epochs)
-        for name in MAY_BE_NEVER:
-            if getattr(self, name) is not None:
-                _require_count(name, getattr(self, name))
-        _require_rate("learning_rate", self.learning_rate)
+        for name in ("epochs", *MAY_BE_NEVER):
+            if name == "epochs" or getattr(self, name) is not None:
+                self._make_plain(name, _count(name, getattr(self, name)))
+        self._make_plain("learning_rate", _rate("learning_rate", self.learning_rate))
         if self.range_learning_rate is not None:
-            _require_rate("range_learning_rate", self.range_learning_rate)
-        divisor = self.learning_rate_divisor
-        if not (_is_number(divisor) and math.isfinite(divisor) and divisor >= 1.0):
-            remedy = "It divides: 10 makes a tenth of the rate, 1 leaves it."
-            raise ConfigError(
-                "Schedule.learning_rate_divisor", expected="a number of at least 1", got=repr(divisor), remedy=remedy
-            )
+            self._make_plain("range_learning_rate", _rate("range_learning_rate", self.range_learning_rate))
+        self._make_plain("learning_rate_divisor", _divisor(self.learning_rate_divisor))
+
+    def _make_plain(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)
 
     def divides_after(self, epoch: int) -> bool:
         """Whether learning rates are divided once `epoch` epochs are done."""
@@ -69,26 +71,62 @@ class Schedule:
         return rate
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def plain_integer(value: Any) -> int | None:
+    """`value` (of numpy, too) as an int; None for what is no integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
-def _require_count(name: str, value: object) -> None:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-        return
+def shown(value: object) -> str:
+    """A wrong value, for a message."""
+    try:
+        return clipped(repr(value))
+    except ValueError:  # Python writes no integer of more than 4300 digits
+        return "an integer of thousands of digits"
+
+
+def _float(value: object) -> float:
+    """`value` as a float; NaN for what is no number, infinity for what no float can hold."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _count(name: str, value: object) -> int:
+    count = plain_integer(value)
+    if count is not None and 1 <= count <= MOST_EPOCHS:
+        return count
     frozen = name.removesuffix("_after")
     remedies = {
         "epochs": "Train for one epoch or more.",
         "divide_every": "None never divides the learning rate.",
     }
     remedy = remedies.get(name, f"None never freezes; to freeze before the first epoch, call sim.{frozen}().")
-    raise ConfigError(f"Schedule.{name}", expected="a number of epochs, 1 or more", got=repr(value), remedy=remedy)
+    expected = f"a number of epochs, {'1 or more' if count is None or count < 1 else 'at most 2^63 - 1'}"
+    raise ConfigError(f"Schedule.{name}", expected=expected, got=shown(value), remedy=remedy)
 
 
-def _require_rate(name: str, value: float) -> None:
-    if not (_is_number(value) and math.isfinite(value) and value > 0.0):
+def _rate(name: str, value: object) -> float:
+    rate = _float(value)
+    if not (math.isfinite(rate) and rate > 0.0):
         remedy = "Start near the last learning rate of the float training, of the order of 1e-5."
-        raise ConfigError(f"Schedule.{name}", expected="a positive number", got=repr(value), remedy=remedy)
+        raise ConfigError(f"Schedule.{name}", expected="a positive number", got=shown(value), remedy=remedy)
+    return rate
+
+
+def _divisor(value: object) -> float:
+    divisor = _float(value)
+    if not (math.isfinite(divisor) and divisor >= 1.0):
+        remedy = "It divides: 10 makes a tenth of the rate, 1 leaves it."
+        raise ConfigError(
+            "Schedule.learning_rate_divisor", expected="a number of at least 1", got=shown(value), remedy=remedy
+        )
+    return divisor
 
 
 DEFAULT_SCHEDULE = Schedule()

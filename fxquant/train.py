@@ -19,27 +19,28 @@ from typing import Any, Literal
 import torch
 
 from fxquant.errors import CalibrationError, ConfigError, FxquantError, StorageError, nearest
-from fxquant.files import make_folder, remove, write_text
+from fxquant.files import make_folder, remove, replacement, together, write_text, written
 from fxquant.graph.program import Program, Stage
 from fxquant.lowering.export import export_onnx
 from fxquant.parity.lowered_model import LoweredModel
 from fxquant.progress import track
 from fxquant.schedule import Schedule
-from fxquant.sim import QuantSim, pair_names, write_pair
+from fxquant.sim import QuantSim, pair_names
 from fxquant.training.checkpoint import (
     Checkpoint,
     Recipe,
+    encode_checkpoint,
     load_checkpoint,
     optimizer_state,
     recipe_of,
     require_same_run,
     restore_optimizer,
-    save_checkpoint,
 )
+from fxquant.training.distributed import is_synchronised
 from fxquant.training.history import BEST, CHECKPOINT, HISTORY, EpochRecord, TrainingResult, best_of, history_text
 from fxquant.training.parameter_groups import parameter_groups
 from fxquant.training.schedule_runner import learning_rates
-from fxquant.training.seeding import seed_epoch
+from fxquant.training.seeding import plain_seed, seed_epoch
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
@@ -70,30 +71,31 @@ def train_qat(
 
     Arguments:
         sim: calibrated, or anything of the same config and model where a checkpoint is resumed.
-        batches: what can be iterated anew for each epoch (a list, a DataLoader), or a callable that takes the epoch,
-            from 0, and gives its batches. Generators of a DataLoader and its samplers are seeded for each epoch.
+        batches: iterated anew for each epoch (a list; a DataLoader, whose generators are seeded for it), or a callable
+            that takes the epoch, from 0, and gives its batches.
         loss: takes the model, in train mode, and a batch as it came, and gives a scalar to minimise. It calls the
             model itself: tuples, dicts, autocast, teachers and devices are its own affair.
-        evaluate: after each epoch, takes a callable like the model, but lowered, and gives a score, the higher the
-            better.
+        evaluate: takes a callable like the model, but lowered, after each epoch; gives a score, the higher the better.
         evaluate_on: "onnxruntime": the exported file, tensors on the CPU. "exact": the finalized program in `exact`
             simulation, in eval mode without gradients, where the model is (CUDA).
         optimizer: makes the optimizer of the groups of `fxquant.parameter_groups`. Adam's steps are as long as the
             learning rate whatever the scale of loss and gradients, which differs between weights and ranges.
         schedule: becomes `sim.schedule`; None for the one that is there.
-        folder: where checkpoint.pt, history.json and, of the best epoch, best.onnx and best.fxq go after each epoch.
-            Nothing is written, and nothing kept of the best epoch, without one.
-        resume: continue from the folder's checkpoint, if it has one, as if it had not stopped. `sim.program`, and
-            `sim.model` with it, is replaced by the checkpoint's.
+        folder: gets checkpoint.pt, history.json and, of the best epoch, best.onnx and best.fxq after each epoch;
+            without one nothing is kept.
+        resume: continue from the folder's checkpoint, if it has one; its program replaces `sim.program` and its model.
         overwrite: remove the files of the folder's earlier run.
         seed: together with the epoch, of torch's (CUDA's too), numpy's and Python's generators.
         report: is given the record of each epoch, once its files are written.
         progress: show a progress bar when standard error is a terminal.
 
     A kill, Ctrl-C or an error loses at most the running epoch. Raises FxquantError for a loss or parameters that are
-    not finite, CalibrationError for a program that cannot be trained, StorageError for a folder that holds another run.
+    not finite, CalibrationError for a program that cannot be trained, or that several processes train together
+    (fxquant.synchronise): this is a loop of one process. StorageError for a folder that holds another run.
     """
-    _check_arguments(batches, evaluate_on, resume, overwrite, seed)
+    seed = plain_seed(seed)
+    _check_arguments(batches, evaluate_on, resume, overwrite)
+    _require_one_process(sim.program)
     sim.schedule = sim.schedule if schedule is None else schedule
     recipe = recipe_of(sim.pipeline, sim.schedule, seed)
     files = _Files(None if folder is None else Path(folder))
@@ -115,7 +117,7 @@ def train_qat(
     return TrainingResult(history, files.folder)
 
 
-def _check_arguments(batches: Batches, evaluate_on: str, resume: bool, overwrite: bool, seed: int) -> None:
+def _check_arguments(batches: Batches, evaluate_on: str, resume: bool, overwrite: bool) -> None:
     if isinstance(batches, Iterator):
         raise ConfigError(
             "train_qat: batches",
@@ -127,8 +129,17 @@ def _check_arguments(batches: Batches, evaluate_on: str, resume: bool, overwrite
         raise ConfigError(f"train_qat: evaluate_on='{evaluate_on}'", remedy=nearest(evaluate_on, EVALUATED_ON))
     if resume and overwrite:
         raise ConfigError("train_qat", expected="resume or overwrite", got="both", remedy="Choose one of them.")
-    if seed < 0:
-        raise ConfigError("train_qat: seed", expected="0 or more", got=str(seed))
+
+
+def _require_one_process(program: Program) -> None:
+    """Its files, and the program that a checkpoint replaces it by, are those of one process."""
+    if is_synchronised(program):
+        raise CalibrationError(
+            "train_qat",
+            expected="a program of one process",
+            got="one that fxquant.synchronise made several processes train together",
+            remedy="Train it in a loop of your own with DistributedDataParallel, and sim.step_epoch after each epoch.",
+        )
 
 
 def _begin(sim: QuantSim, checkpoint: Checkpoint | None, recipe: Recipe) -> None:
@@ -176,13 +187,18 @@ class _Files:
         return None
 
     def write(self, checkpoint: Checkpoint, best: Program | None) -> None:
-        """Write what is kept after an epoch; the checkpoint takes its place last, so that it never runs ahead."""
+        """Write what is kept after an epoch, all or nothing; after a kill, the checkpoint is never ahead."""
         if self.folder is None:
             return
-        if best is not None:
-            write_pair(best, self.folder, BEST)
-        write_text(self.folder / HISTORY, history_text(checkpoint.history))
-        save_checkpoint(checkpoint, self.folder / CHECKPOINT)
+        encoded, path = encode_checkpoint(checkpoint), self.folder / CHECKPOINT
+        onnx_name, program_name = pair_names(BEST)
+        with together():
+            if best is not None:
+                export_onnx(best, self.folder / onnx_name)
+                best.save(self.folder / program_name)
+            write_text(self.folder / HISTORY, history_text(checkpoint.history))
+            with written(path), replacement(path) as file:
+                file.writelines(encoded)
 
 
 @dataclass(frozen=True)

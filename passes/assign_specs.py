@@ -14,8 +14,8 @@ from fxquant.graph.program import Program, Stage, input_slots, input_spec
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import OpDef, Role
 from fxquant.ops.table import TABLE
-from fxquant.placement import Decision, Rule, Source, check_rules, defaults
-from fxquant.spec import QuantSpec
+from fxquant.placement import Choice, Decision, Rule, Source, check_rules, defaults
+from fxquant.spec import QuantSpec, parse_training
 
 from .masks import mask_islands
 from .rule_report import report_rules
@@ -56,6 +56,8 @@ class AssignSpecs(Pass):
        rule can only leave it in float.
     8. A node rule that names an input or a parameter speaks of that value, whoever reads it; so does `output` in a rule
        on a float operation whose result is quantized for its readers.
+    9. A parameter that is no weight (a layer scale, a position embedding) takes the spec of activations, but no moving
+       average: its grid follows the parameter.
 
     Operations that the table does not know, float-only operations and nodes that a rule excludes are left in float,
     each with its reason. Refuses rules that can match nothing, and rules that contradict each other, with their places
@@ -129,13 +131,21 @@ class AssignSpecs(Pass):
 
 
 def _want_inputs(wishes: Wishes, node: fx.Node, definition: OpDef, decision: Decision, constants: Constants) -> None:
-    """Case 1: a spec for every float input but the bias."""
+    """Cases 1 and 9: a spec for every float input but the bias."""
     of_weight = weight_slot(node, definition)
     of_bias = None if definition.bias is None else arg_slot(node, definition.bias)
     for slot, value in enumerate(input_slots(node)):
         if slot != of_bias and is_float_value(value):
-            is_weight = slot == of_weight and constants.is_constant(value)
-            wishes.want_input(node, slot, decision.weight if is_weight else decision.input)
+            choice = decision.input
+            if constants.is_constant(value):
+                choice = decision.weight if slot == of_weight else _without_average(choice)
+            wishes.want_input(node, slot, choice)
+
+
+def _without_average(choice: Choice) -> Choice:
+    """Case 9."""
+    averages = parse_training(choice.spec.training)[0] == "moving-average"
+    return replace(choice, spec=replace(choice.spec, training="static")) if averages else choice
 
 
 def _limit_outputs(program: Program, rewriter: Rewriter) -> None:

@@ -15,7 +15,7 @@ from torch import fx
 
 from fxquant.graph.constants import Constants
 from fxquant.graph.passes import Contract, Pass
-from fxquant.graph.program import Program, Stage, value_type
+from fxquant.graph.program import Note, NoteKind, Program, Stage, value_type
 from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.live_batch_norm import (
     BATCH_NORM_RATIO,
@@ -25,7 +25,7 @@ from fxquant.numerics.live_batch_norm import (
 )
 
 from .channelwise import Affine, fold_behind
-from .fold_batch_norm import Folder, layer_before, shared_tensors, source_of
+from .fold_batch_norm import Folder, layer_before, remove_unused, shared_tensors, source_of
 from .layers import Layer
 from .norms import (
     BatchNorm,
@@ -39,6 +39,11 @@ from .norms import (
     readers_by_tensor,
 )
 
+_FOLDED_FORWARD = (
+    "no layer in front of this batch norm can simulate its fold, so it is folded into the layer behind it for good: "
+    "it does not train, and its running statistics stand still"
+)
+
 
 @dataclass(frozen=True)
 class SimulateBatchNormFold(Pass):
@@ -46,17 +51,20 @@ class SimulateBatchNormFold(Pass):
 
     In eval() the batch norm does nothing, and the layer computes what 'fold-live-batch-norm' will leave of both. In
     train() the layer's weight is still the folded one, so that its quantization is that of the deployed weight, and the
-    batch norm takes the fold back and normalises by its batch. All parameters stay the model's, under their names.
+    batch norm takes the fold back and normalises by its batch. All parameters stay the model's, under their names; in
+    case 5 alone gamma and beta do not.
 
     1. Behind a convolution of any rank, grouped or transposed, with or without a bias.
     2. Behind a linear of any rank; where its tokens were flattened for the batch norm, that now stands in front of it.
     3. A weight or bias that is tied, read by several layers, or computed from parameters alone: each fold is its own.
     4. A batch norm that freeze-batch-norm made a function: folded with its running statistics in train() too.
-    5. A batch norm that no layer precedes is folded into the layer behind it for good, as fold-batch-norm does.
+    5. A batch norm that no layer precedes is folded into the layer behind it for good, with its running statistics, as
+       fold-batch-norm does: its module goes once nothing calls or reads it, and a note says so.
 
     Declines, with the reason: the layer has other users; its weight is an activation; the batch norm keeps no running
     statistics, or some that are not finite; its module is also called where it cannot be folded; the folded weight
-    overflows its dtype. Contract: PRESERVES (what eval() computes; in float, what train() computes too).
+    overflows its dtype. Contract: PRESERVES (what eval() computes; in float, and but for case 5, what train() computes
+    too).
 
     Arguments:
         forward: whether case 5 is allowed.
@@ -73,6 +81,7 @@ class SimulateBatchNormFold(Pass):
         norms = [node for node in program.graph.nodes if is_batch_norm(program, node)]
         found = _layers(program, norms)
         left = [norm for norm in norms if isinstance(found[norm], str)]
+        owners = {norm: batch_norm_owner(program, norm) for norm in left}
         reasons = {norm: self._fold_forward(program, rewriter, norm) for norm in reversed(left)}
         for norm in left:
             if reasons[norm] is not None:
@@ -83,6 +92,10 @@ class SimulateBatchNormFold(Pass):
             again = layer_before(norm)  # folding forward may have given it a bias
             assert isinstance(again, Layer)
             simulation.add(norm, again)
+        folded = [norm for norm in left if reasons[norm] is None]
+        for norm in folded:
+            rewriter.note(Note(NoteKind.TRAINING, norm.meta.get("module_path") or norm.name, _FOLDED_FORWARD))
+        remove_unused(program, rewriter, {id(owners[norm]) for norm in folded})
 
     def _fold_forward(self, program: Program, rewriter: Rewriter, norm: fx.Node) -> str | None:
         """Case 5; the reason if it cannot be done."""

@@ -28,7 +28,7 @@ FLOORS = {
     "int8_per_channel": 33.0,
     "int8_reduced_range": 33.0,
     "w4a8": 20.0,
-    "w4a4_lsq": 3.0,
+    "w4a4_lsq_qat": 3.0,
     "int16_activations": 43.0,
     "tensorrt": 33.0,
     "openvino": 33.0,
@@ -72,7 +72,7 @@ def test_onnxruntime_agrees_on_a_flat_softmax_and_on_the_bias_behind_a_dead_valu
     with torch.no_grad():
         simulated = found.program.module(found.inputs)
     difference = np.abs(found.run(level) - simulated.numpy())
-    share = 0.1 if preset == "w4a4_lsq" else 0.03  # one step of a 4-bit grid is a tenth of the largest value here
+    share = 0.1 if preset == "w4a4_lsq_qat" else 0.03  # one step of a 4-bit grid is a tenth of the largest value here
     assert difference.max() <= share * float(simulated.abs().max())
 
 

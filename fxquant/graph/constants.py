@@ -16,10 +16,14 @@ class Constants:
 
     A weight-standardised convolution's weight is such a value, and so is one that a live batch norm is folded into, as
     it is outside training: it becomes an initializer.
+
+    Arguments:
+        at_work: True for the values that training mode computes with: r' in place of r (numerics/live_batch_norm.py).
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, at_work: bool = False) -> None:
         self._program = program
+        self._at_work = at_work
         self._known: dict[fx.Node, bool] = {}
         self._tensors: dict[fx.Node, torch.Tensor] = {}
 
@@ -57,7 +61,9 @@ class Constants:
             return self._program.tensor(node).detach().cpu()
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.tensor)
         module = self._program.submodule(node) if node.op == "call_module" else None
-        function = module.at_rest if isinstance(module, ConstantModule) else node.target
+        function: object = node.target
+        if isinstance(module, ConstantModule):
+            function = module.at_work if self._at_work else module.at_rest
         assert callable(function)
         with torch.no_grad():
             result = function(*args, **kwargs)

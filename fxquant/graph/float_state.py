@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxquant.graph.snapshot import NodeState, Snapshot
 
 _THING = "load_float_state_dict"
+_FOLDS = "fold-batch-norm"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def _refuse_spent(spent: Mapping[str, str]) -> None:
     for key, name in spent.items():
         by_pass.setdefault(name, []).append(key)
     got = "; ".join(f"'{name}' has changed {', '.join(keys)}" for name, keys in by_pass.items())
-    remedy = "Load it right after capture and prepare then, or prepare with a '_qat' preset, which keeps batch norms."
+    kept = ", or prepare with a '_qat' preset, which keeps batch norms behind their layers" if _FOLDS in by_pass else ""
+    remedy = f"Load it right after capture and prepare then{kept}."
     raise FxquantError(_THING, expected="tensors that no pass has changed", got=got, remedy=remedy)
 
 
@@ -133,7 +135,9 @@ def _mismatches(state_dict: Mapping[str, Any], own: Mapping[str, torch.Tensor], 
             yield f"'{key}' has shape {tuple(value.shape)}, not {tuple(here.shape)}"
         elif _kind(value) != _kind(here):
             yield f"'{key}' is {str(value.dtype)}, not {str(here.dtype)}"
-        elif not torch.equal(value, state_dict[tie := first.setdefault(id(here), key)]):
+        elif (count := int(value.isnan().sum())) and not bool(here.isnan().any()):
+            yield f"'{key}' has {count} NaN"
+        elif (tie := first.setdefault(id(here), key)) != key and not torch.equal(value, state_dict[tie]):
             yield f"'{key}' and '{tie}' are one tensor, and differ"
 
 

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 import fxquant.numerics.live_batch_norm
 import fxquant.numerics.padded_convolution  # noqa: F401  (register operators that a pickled graph may name)
 from fxquant.errors import FxquantError
-from fxquant.graph.fused_clips import fuse_clips
+from fxquant.graph.running_graph import running_graph
 from fxquant.numerics.estimators import Estimator
 from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.spec import Target
@@ -96,7 +96,7 @@ class ProgramModule(fx.GraphModule):
     def recompile(self) -> Any:
         """Compile `forward` from the graph; what other forms derived from the old graph is dropped."""
         graph = self._graph
-        self._graph = fuse_clips(graph, self, copy_graph)
+        self._graph = running_graph(graph, self, copy_graph)
         try:
             code = super().recompile()
         finally:

@@ -368,10 +368,11 @@ class Program:
                 accuracy = evaluate(program.module)
 
         False switches a group off; True leaves each of it as it is, so that contexts nest, and what was off stays off.
-        On leaving, also by an exception, every quantizer has its mode back: calibrating, learned, moving or frozen. A
-        bias is on the grid of its layer's input and weight, and in float where either is off. All simulations know it.
-        Training inside is training without these quantizers: gradients pass them as if they were not there, and
-        ranges that are learned get none.
+        On leaving, also by an exception, every quantizer has its mode back: calibrating, learned, moving or frozen.
+        One whose mode was changed inside keeps it; freezing passes leave those that are off as they are, so call them
+        outside. A bias is on the grid of its layer's input and weight, and in float where either is off. All
+        simulations know it. Training inside is training without these quantizers: gradients pass them as if they were
+        not there, and ranges that are learned get none.
 
         Arguments:
             weights, activations: whether these are to quantize.

@@ -285,15 +285,18 @@ class Rewriter:
         self._record("add", path, type(module).__name__)
 
     def remove_module(self, path: str) -> None:
-        """Remove the submodule at `path`, with its parameters and buffers; nothing may use it any more."""
+        """Remove the submodule at `path`, with its parameters and buffers; nothing may use it any more.
+
+        Where its owner has several names (a block that stands at two places of a list), it goes under all of them.
+        """
         removed = self.program.module.get_submodule(path)
         owner_path, _, attribute = path.rpartition(".")
         owner = self.program.module.get_submodule(owner_path)
         gone = [f"{alias}.{attribute}" if alias else attribute for alias in self._paths_of_module(owner)]
         delattr(owner, attribute)
         self._forget(removed, gone)
-        self._record("remove", path)
-        self.touched.update(gone)
+        for name in dict.fromkeys((path, *gone)):
+            self._record("remove", name)
 
     def _forget(self, removed: torch.nn.Module, gone: list[str]) -> None:
         """Strike the names under which `removed`, and all below it, stood; rebuilding both lists costs too much."""

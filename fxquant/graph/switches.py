@@ -23,7 +23,8 @@ def switched(program: Program, *, weights: bool, activations: bool, only: str) -
         yield
     finally:
         for module, mode in before:
-            module.mode = mode
+            if module.mode is Mode.OFF:  # what else was done to it meanwhile stays
+                module.mode = mode
         program.module.settle()
 
 

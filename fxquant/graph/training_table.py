@@ -7,7 +7,9 @@ from typing import Any
 
 from fxquant.errors import ConfigError, clipped
 from fxquant.graph.options import decode_dataclass, encode
-from fxquant.schedule import MAY_BE_NEVER, NEVER, Schedule
+from fxquant.schedule import MAY_BE_NEVER, NEVER, Schedule, shown
+
+TOO_LARGE = 2**63  # TOML 1.0 has integers of 64 bits; Python's parser takes any
 
 
 def decode_schedule(table: Any, place: str) -> Schedule:
@@ -20,6 +22,8 @@ def decode_schedule(table: Any, place: str) -> Schedule:
 
 
 def _value(key: str, item: Any, place: str) -> Any:
+    if isinstance(item, int) and abs(item) >= TOO_LARGE:
+        raise ConfigError("number too large", place=f"{place}.{key}", expected="one of 64 bits", got=shown(item))
     if key not in MAY_BE_NEVER or not isinstance(item, str):
         return item
     if item != NEVER:

@@ -169,7 +169,8 @@ def accumulator(node: fx.Node, scene: Scene) -> Finding | None:
         return None
     return Finding(
         f"its int32 accumulator may reach {largest:.4g}, beyond {LARGEST_ACCUMULATOR}",
-        "Quantize its weight to fewer bits, raise its weight's scale (a large bias needs it), or leave it in float.",
+        "Quantize its weight to fewer bits, raise its weight's scale (a large bias needs it; where training moved the "
+        "bias after encodings were frozen, freeze them later), or leave it in float.",
     )
 
 

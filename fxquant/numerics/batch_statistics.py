@@ -32,6 +32,7 @@ class BatchStatistics:
 
 # Above this mean^2 / var, sums of squares in float32 lose more than rounding the normalised values does.
 _LARGEST_OFFSET = 4.0
+_SMALLEST_PLANE = 16  # below, torch's own is as fast: there is a sum in float32 for each plane
 
 
 @torch.no_grad()
@@ -43,13 +44,30 @@ def batch_statistics(input: torch.Tensor) -> BatchStatistics:
         wide = input if input.dtype == torch.float64 else input.float()
         var, mean = torch.var_mean(wide, axes, correction=0)
         return BatchStatistics(mean, var, count)
-    if input.is_cpu and input.ndim > 2 and input.dtype == torch.float32 and input.is_contiguous():
-        mean, var = _statistics_of_planes(input.flatten(2), count)
-        if bool((mean.square() <= _LARGEST_OFFSET * var).all() & torch.isfinite(var).all()):
-            return BatchStatistics(mean.float(), var.float(), count)
+    return BatchStatistics(*(_fast_statistics if _has_fast_statistics(input) else _statistics)(input), count)
+
+
+def _statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance, as torch's own batch norm computes them."""
     like = [input.new_empty(input.shape[1], dtype=dtype_of_statistics(input)).fill_(value) for value in (0.0, 1.0)]
     mean, var = torch.ops.aten.batch_norm_update_stats(input, *like, 0.0)
-    return BatchStatistics(mean, var, count)
+    return mean, var
+
+
+def _has_fast_statistics(input: torch.Tensor) -> bool:
+    is_plain = input.is_cpu and input.dtype == torch.float32 and input.is_contiguous()
+    return is_plain and input.shape[2:].numel() >= _SMALLEST_PLANE
+
+
+def _fast_statistics(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and biased variance by sums of planes; as torch does, of those channels where that is not accurate."""
+    mean, var = _statistics_of_planes(input.flatten(2), input.numel() // input.shape[1])
+    is_accurate = (mean.square() <= _LARGEST_OFFSET * var) & torch.isfinite(var)
+    mean, var = mean.float(), var.float()
+    if not bool(is_accurate.all()):
+        channels = is_accurate.logical_not().nonzero().squeeze(1)
+        mean[channels], var[channels] = _statistics(input.index_select(1, channels))
+    return mean, var
 
 
 def _statistics_of_planes(planes: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,15 +98,16 @@ class _Normalise(torch.autograd.Function):
     """(input - mean) / sqrt(var) * weight + bias; in backward, mean and var less a constant are `input`'s own."""
 
     @staticmethod
-    def forward(
-        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor
+    def forward(  # with a setup_context a call takes three times as long
+        ctx: Any,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        mean: torch.Tensor,
+        var: torch.Tensor,
     ) -> torch.Tensor:
-        return functional.batch_norm(input, mean, var, weight, bias, False, 0.0, 0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        input, weight, _, mean, var = inputs
         ctx.save_for_backward(input, weight, mean, var.rsqrt())
+        return functional.batch_norm(input, mean, var, weight, bias, False, 0.0, 0.0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # mean and var are no inputs of the graph

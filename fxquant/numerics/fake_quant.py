@@ -13,7 +13,7 @@ from fxquant.numerics.codes import Grid
 from fxquant.numerics.estimators import make_estimator
 from fxquant.numerics.grids import grid_for_range
 from fxquant.numerics.learned_rounding import learned_fake_quantize
-from fxquant.numerics.recomputing import is_recomputing
+from fxquant.numerics.recomputing import FirstForwards, is_recomputing
 from fxquant.numerics.rounding import along_axis, dequantize, fake_quantize, quantize
 from fxquant.numerics.straight_through import Clip, absorbs, clip_activation, is_plain_cpu
 from fxquant.numerics.trained_ranges import LearnedRange, MovingRange, make_range
@@ -71,6 +71,7 @@ class FakeQuant(nn.Module):
         self.mode = Mode.OBSERVE
         self.estimator = make_estimator(spec, shape)
         self.range = make_range(spec, shape)
+        self._firsts: FirstForwards[None] = FirstForwards()  # those that moved the range
         if follows and isinstance(self.range, MovingRange):
             raise SpecError("a weight's range", expected="'static', or one that is learned", got=spec.training)
         self.register_buffer("scale", torch.full(shape, float("nan")))
@@ -124,8 +125,10 @@ class FakeQuant(nn.Module):
         low, high = self.estimator.range_of(x)
         if self.spec.fixed is None and (torch.compiler.is_compiling() or self.estimator.has_range):
             self.set_range(low, high)
-        else:
-            self.compute_encoding()
+            return
+        if self.spec.fixed is None:
+            _require_finite(x)
+        self.compute_encoding()
 
     @property
     def is_following(self) -> bool:
@@ -210,7 +213,10 @@ class FakeQuant(nn.Module):
     def _track(self, x: torch.Tensor) -> None:
         assert isinstance(self.range, MovingRange)
         if is_recomputing():
+            self._firsts.require_latest("a moving average")
             return
+        if not torch.compiler.is_compiling():
+            self._firsts.keep(None)
         with torch.no_grad():
             self.range.update(x)
             self.set_range(self.range.low, self.range.high)
@@ -250,6 +256,19 @@ class FakeQuant(nn.Module):
     def extra_repr(self) -> str:
         """Spec and mode, for printing."""
         return f"{self.spec}, mode={self.mode.value}"
+
+
+def _require_finite(weight: torch.Tensor) -> None:
+    """Refuse a weight from which no grid can follow."""
+    wrong = int((~torch.isfinite(weight)).sum())
+    if wrong:
+        raise CalibrationError(
+            f"a weight that is quantized, of shape {tuple(weight.shape)}, is not finite",
+            expected="finite numbers, from which its grid follows",
+            got=f"{wrong} of {weight.numel()} NaN or Inf",
+            remedy="If training diverged, lower the learning rate and resume from a checkpoint; otherwise mend the "
+            "checkpoint that was loaded.",
+        )
 
 
 class BiasFakeQuant(nn.Module):

@@ -41,6 +41,13 @@ def grid_for_range(
     return scale, torch.full_like(scale, zero_point, dtype=torch.int64)
 
 
+def grid_from(scale: torch.Tensor, low: torch.Tensor, spec: QuantSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32) and zero point (int64) of a range that is within its limits, of such a scale and lowest value."""
+    if spec.fixed_zero_point is not None:
+        return scale, torch.full_like(scale, spec.fixed_zero_point, dtype=torch.int64)
+    return _within_clip(scale, low, spec)
+
+
 def clip_codes(low: float, high: float, scale: torch.Tensor, zero_point: torch.Tensor) -> list[torch.Tensor]:
     """The codes (float32, not clamped) of a clip's bounds, as onnxruntime compares them with qmin and qmax.
 

@@ -20,7 +20,7 @@ import torch
 from fxquant.numerics.straight_through import is_plain_cpu
 
 aten = torch.ops.aten
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 _PART = 2**16  # elements: four such tensors of float32 fit in a core's own cache
 
 
@@ -48,6 +48,8 @@ def grid_gradients(
     scale: torch.Tensor,
     zero_point: torch.Tensor,
     codes: tuple[int, int],
+    *,
+    wants_zero_point: bool = True,
 ) -> Gradients:
     """dx, ds and dz, the latter two of the shape of `scale`, differentiable by all but `x` where that is asked.
 
@@ -56,10 +58,11 @@ def grid_gradients(
         x, step: u = x / step.
         scale, zero_point: as in learned_fake_quantize.
         codes: qmin and qmax.
+        wants_zero_point: whether there is to be a dz; it takes two passes of its own.
     """
     bounds = _as_numbers(x, zero_point, *codes)
     if bounds is not None and step.numel() == 1 and not torch.is_grad_enabled():
-        return _of_one_grid(grad, x, step.view(()), scale, bounds)
+        return _of_one_grid(grad, x, step.view(()), scale, bounds, wants_zero_point)
     with torch.no_grad():
         units = x.div(step)
         grid = units.round()
@@ -69,34 +72,42 @@ def grid_gradients(
     if torch.is_grad_enabled():
         slope = slope - ~inside * (zero_point - zero_point.detach())  # n and p depend on it
     by_x = grad * inside
-    by_scale, by_zero_point = grad * slope, (by_x - grad) * scale
-    return by_x, by_scale.sum_to_size(scale.shape), by_zero_point.sum_to_size(scale.shape)
+    by_scale = (grad * slope).sum_to_size(scale.shape)
+    return by_x, by_scale, ((by_x - grad) * scale).sum_to_size(scale.shape) if wants_zero_point else None
 
 
 def _of_one_grid(
-    grad: torch.Tensor, x: torch.Tensor, step: torch.Tensor, scale: torch.Tensor, bounds: tuple[float, float]
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    step: torch.Tensor,
+    scale: torch.Tensor,
+    bounds: tuple[float, float],
+    wants_zero_point: bool,
 ) -> Gradients:
-    """Part by part, so that what is between stays in the cache; ds as scalar products of what is inside and outside."""
-    below, above = straight_through_bounds(*bounds)
+    """Part by part, so that what is between stays in the cache."""
     if grad.stride() != x.stride() or not _is_dense(x):
         grad, x = grad.contiguous(), x.contiguous()
     by_x = torch.empty_like(x)
-    starts = range(0, x.numel(), _PART)
+    starts = range(0, max(x.numel(), 1), _PART)
     lines = [one.as_strided((x.numel(),), (1,)) for one in (grad, x, by_x)]
-    rows = [[line[start : start + _PART] for start in starts] for line in lines]
     spare = x.new_empty(2, min(x.numel(), _PART))
-    slopes, stopped = [x.new_zeros(())], [x.new_zeros(())]
-    for g, part, passed in zip(*rows, strict=True):
+    passes = straight_through_bounds(*bounds)
+    slopes, stopped = [], []
+    for g, part, passed in zip(*([line[start : start + _PART] for start in starts] for line in lines), strict=True):
         units, codes = spare[0, : len(part)], spare[1, : len(part)]
         torch.div(part, step, out=units)
-        aten.hardtanh_backward.grad_input(g, units, below, above, grad_input=passed)
-        units.clamp_(below, above)  # infinite numbers have no difference
-        torch.round(units, out=codes).clamp_(*bounds)
-        slopes.append(torch.dot(passed, torch.sub(codes, units, out=units)))
-        slopes.append(torch.dot(torch.sub(g, passed, out=units), codes))
-        stopped.append(units.sum())
-    by_scale, by_zero_point = torch.stack(slopes).sum(), -scale * torch.stack(stopped).sum()
-    return by_x, by_scale.view_as(scale), by_zero_point.view_as(scale)
+        aten.hardtanh_backward.grad_input(g, units, *passes, grad_input=passed)
+        torch.clamp(units, *bounds, out=codes).round_()
+        aten.hardtanh_backward.grad_input(units, units, *passes, grad_input=units)  # infinite ones become 0
+        slopes.append(torch.dot(g, codes.sub_(units)))
+        if wants_zero_point:
+            stopped.append(torch.sub(g, passed, out=units).sum())
+    by_zero_point = (_total(stopped) * -scale).view_as(scale) if wants_zero_point else None
+    return by_x, _total(slopes).view_as(scale), by_zero_point
+
+
+def _total(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -139,8 +150,11 @@ class _LearnedFakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        found = grid_gradients(grads[0], x.detach(), scale.detach(), scale, zero_point, ctx.codes)
-        return (*(one if need else None for one, need in zip(found, ctx.needs_input_grad, strict=False)), None, None)
+        needs = ctx.needs_input_grad[:3]
+        found = grid_gradients(
+            grads[0], x.detach(), scale.detach(), scale, zero_point, ctx.codes, wants_zero_point=needs[2]
+        )
+        return (*(one if need else None for one, need in zip(found, needs, strict=True)), None, None)
 
 
 _learned_fake_quantize: Callable[..., torch.Tensor] = _LearnedFakeQuantize.apply  # torch leaves apply untyped

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from fxquant.numerics.batch_statistics import BatchStatistics, batch_statistics, normalise, statistics_of_peers
 from fxquant.numerics.peers import Peers
-from fxquant.numerics.recomputing import is_recomputing
+from fxquant.numerics.recomputing import FirstForwards, is_recomputing
 
 SMALLEST_GAMMA = 2.0**-5  # in r' alone: of a channel's 127 codes it leaves 4 where one scale serves all channels
 
@@ -84,6 +84,10 @@ class ConstantModule(nn.Module):
     def at_rest(self, *args: Any) -> torch.Tensor:
         """What it computes in eval mode, whatever mode it is in."""
 
+    @abstractmethod
+    def at_work(self, *args: Any) -> torch.Tensor:
+        """What it computes in training mode, whatever mode it is in."""
+
 
 class BatchNormRatio(ConstantModule):
     """r, and r' in training mode."""
@@ -91,22 +95,31 @@ class BatchNormRatio(ConstantModule):
     def __init__(self, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self._latest: torch.Tensor | None = None  # r' of the latest forward in training mode
+        self._firsts: FirstForwards[torch.Tensor] = FirstForwards()  # r' of each: they move the variance
 
     def at_rest(self, *args: Any) -> torch.Tensor:
         """r of (gamma, variance)."""
         ratio: torch.Tensor = BATCH_NORM_RATIO(*args, self.eps)
         return ratio
 
+    def at_work(self, *args: Any) -> torch.Tensor:
+        """r' of (gamma, variance)."""
+        gamma, var = args
+        if gamma is not None:
+            gamma = gamma.detach()  # first: what autograd saves here, a recomputation would lack
+            gamma = torch.where(gamma < 0, gamma.clamp(max=-SMALLEST_GAMMA), gamma.clamp(min=SMALLEST_GAMMA))
+        return self.at_rest(gamma, var)
+
     def forward(self, gamma: torch.Tensor | None, var: torch.Tensor) -> torch.Tensor:
         """r or r', by mode."""
         if not self.training:
             return self.at_rest(gamma, var)
-        if gamma is not None:
-            gamma = torch.where(gamma < 0, gamma.clamp(max=-SMALLEST_GAMMA), gamma.clamp(min=SMALLEST_GAMMA)).detach()
-        if not is_recomputing() or self._latest is None:  # the first forward has moved the variance since
-            self._latest = self.at_rest(gamma, var)
-        return self._latest
+        if is_recomputing():
+            return self._firsts.of_this()
+        ratio = self.at_work(gamma, var)
+        if not torch.compiler.is_compiling():
+            self._firsts.keep(ratio)
+        return ratio
 
     def extra_repr(self) -> str:
         """eps, for printing."""
@@ -121,13 +134,17 @@ class BatchNormShift(ConstantModule):
         shift: torch.Tensor = BATCH_NORM_SHIFT(*args)
         return shift
 
+    def at_work(self, *args: Any) -> torch.Tensor:
+        """The layer's own bias, times the ratio, of (bias, beta, mean, ratio)."""
+        bias, _, _, ratio = args
+        made: torch.Tensor = torch.zeros_like(ratio) if bias is None else (bias * ratio).to(ratio.dtype)
+        return made
+
     def forward(
         self, bias: torch.Tensor | None, beta: torch.Tensor | None, mean: torch.Tensor, ratio: torch.Tensor
     ) -> torch.Tensor:
         """The bias, by mode."""
-        if not self.training:
-            return self.at_rest(bias, beta, mean, ratio)
-        return torch.zeros_like(ratio) if bias is None else (bias * ratio).to(ratio.dtype)
+        return (self.at_work if self.training else self.at_rest)(bias, beta, mean, ratio)
 
 
 class BatchStatisticsNorm(nn.modules.batchnorm._BatchNorm):

@@ -63,29 +63,27 @@ def on_grid(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x_hat, and where the gradient passes: a bool tensor, or None for everywhere (or if it is not wanted).
 
-    `clip` is one that the grid absorbs; only the gradient heeds it.
+    `clip` is one that the grid absorbs, so that one ordinary scale serves all of `x`; only the gradient heeds it.
     """
     low, high = bounds
     if isinstance(low, torch.Tensor) or isinstance(high, torch.Tensor):
-        return _on_any_grid(x, scale, bounds, clip, wants_mask)
+        return _on_any_grid(x, scale, bounds, wants_mask)
     if not wants_mask:
         return x.div(scale).round_().clamp_(low, high).mul_(scale), None
     if scale.numel() == 1 and _SCALES[0] <= (step := float(scale)) <= _SCALES[1]:
         return _on_one_scale(x, scale, (low, high), open_interval(step, low, high), clip)
     grid = x.div(scale).round_()
-    if clip is None and _extremes_lie_within(grid, low - 0.5, high + 0.5):
+    if _extremes_lie_within(grid, low - 0.5, high + 0.5):
         return grid.mul_(scale), None
-    return _on_any_grid(x, scale, bounds, clip, wants_mask)
+    return _on_any_grid(x, scale, bounds, wants_mask)
 
 
 def _on_any_grid(
-    x: torch.Tensor, scale: torch.Tensor, bounds: Bounds, clip: Clip | None, wants_mask: bool
+    x: torch.Tensor, scale: torch.Tensor, bounds: Bounds, wants_mask: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     grid = x.div(scale).round_()
     clamped = torch.clamp(grid, *bounds)
     inside = grid.eq(clamped) if wants_mask else None
-    if inside is not None and clip is not None:
-        inside = inside & (x > clip[0]) & (x < clip[1])
     return clamped.mul_(scale), inside
 
 
@@ -96,7 +94,7 @@ def _on_one_scale(
     if clip is None:
         within = _extremes_lie_within(x, first, last)
         if within is None:
-            return _on_any_grid(x, scale, bounds, clip, wants_mask=True)
+            return _on_any_grid(x, scale, bounds, wants_mask=True)
         if within:
             return x.div(scale).round_().mul_(scale), None
     else:

@@ -70,7 +70,9 @@ class _Learn(torch.autograd.Function):
         scale, zero_point, *kept = ctx.saved_tensors
         units = ctx.units(*kept)
         one = units.new_ones(())
-        _, by_scale, by_zero_point = grid_gradients(grads[0], units, one, scale, zero_point, ctx.ends)
+        _, by_scale, by_zero_point = grid_gradients(
+            grads[0], units, one, scale, zero_point, ctx.ends, wants_zero_point=ctx.needs_input_grad[2]
+        )
         return (grads[0], by_scale, by_zero_point, None, None, *(None for _ in kept))
 
 

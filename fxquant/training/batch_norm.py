@@ -66,10 +66,12 @@ def reestimate_batch_norm(
         max_batches: stop after so many.
         progress: show a progress bar when standard error is a terminal.
 
-    Returns what undoes it. Raises CalibrationError: no live batch norm (folded, or frozen), a value that still
-    observes, no batches, a batch that does not fit or has one value a channel, statistics that are not finite. The
-    program is then as before.
+    Returns what undoes it. Raises CalibrationError: max_batches below 1, no live batch norm (folded, or frozen), a
+    value that still observes, no batches, a batch that does not fit or has one value a channel, statistics that are
+    not finite. The program is then as before.
     """
+    if max_batches < 1:
+        raise CalibrationError(f"{_NAME}: max_batches", expected="1 or more", got=str(max_batches))
     norms = _live_norms(program)
     _require_ready(program, norms)
     before = {path: _read(norm) for path, norm in norms.items()}

@@ -1,11 +1,11 @@
 """Checkpoints of training: one file with all that the next epoch depends on. No pickled code.
 
-    format, version
+A line with format, version and SHA-256 of what follows, which is a dict that torch.load(weights_only=True) reads:
+
     program         the program file's bytes (graph/storage.py): graph, modes, parameters, buffers, notes
     simulate        what the program's module computes
     optimizer       its class, the names of its groups' parameters, its state_dict
-    pipeline        its passes, as TOML
-    schedule, seed  as plain values
+    recipe          the pipeline's passes as TOML; schedule and seed as plain values
     history         the epochs that are done
 
 Random numbers need no state: each epoch begins with generators seeded by (seed, epoch).
@@ -14,9 +14,14 @@ Random numbers need no state: each epoch begins with generators seeded by (seed,
 from __future__ import annotations
 
 import difflib
+import hashlib
+import io
 import pickle
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fxquant.errors import FxquantError, StorageError
-from fxquant.files import replacement, written
+from fxquant.errors import FxquantError, StorageError, clipped
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
 from fxquant.graph.storage import load_program, save_program
@@ -35,6 +39,11 @@ from fxquant.training.history import EpochRecord
 FORMAT = "fxquant training checkpoint"
 VERSION = 1
 _REMEDY = "Give what the checkpoint was trained with, or train into another folder."
+_HEAD = re.compile(rf"{FORMAT}, version {VERSION}, SHA-256 ([0-9a-f]{{64}})\n".encode())
+_DECODING = (  # what torch.load and building objects raise for content that they do not expect
+    *(LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, ImportError),
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError, FxquantError),
+)
 
 
 @dataclass(frozen=True)
@@ -86,42 +95,63 @@ def optimizer_state(optimizer: torch.optim.Optimizer, program: Program) -> Optim
     return OptimizerState(type(optimizer).__name__, parameters, optimizer.state_dict())
 
 
-def save_checkpoint(checkpoint: Checkpoint, path: Path) -> None:
-    """Write a checkpoint, all or nothing. Raises StorageError if it cannot be written, or not be read again."""
-    _require_plain(checkpoint.optimizer)
+def encode_checkpoint(checkpoint: Checkpoint) -> tuple[bytes, memoryview]:
+    """A checkpoint's file, in two parts. Raises StorageError for what could not be read again."""
+    kind = checkpoint.optimizer.kind
     content = {
-        "format": FORMAT,
-        "version": VERSION,
         "program": _program_bytes(checkpoint.program),
         "simulate": checkpoint.program.simulate,
-        "optimizer": vars(checkpoint.optimizer),
+        "optimizer": {**vars(checkpoint.optimizer), "state": _plain(checkpoint.optimizer.state, "state_dict()", kind)},
         "recipe": {**vars(checkpoint.recipe), "schedule": asdict(checkpoint.recipe.schedule)},
         "history": [asdict(record) for record in checkpoint.history],
     }
-    with written(path), replacement(path) as file:
-        torch.save(content, file)
+    payload = io.BytesIO()
+    torch.save(content, payload)
+    digest = hashlib.sha256(payload.getbuffer()).hexdigest()
+    return f"{FORMAT}, version {VERSION}, SHA-256 {digest}\n".encode(), payload.getbuffer()
 
 
 def load_checkpoint(path: Path, *, trusted: Sequence[str] = ()) -> Checkpoint:
     """Read a checkpoint, its tensors on the CPU; `trusted` as for load_program. Raises StorageError."""
+    payload = _read(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as err:
-        got = str(err).partition("\n")[0]
-        remedy = "Is it a checkpoint of train_qat, and was it copied whole?"
-        raise StorageError("checkpoint cannot be read", place=str(path), got=got, remedy=remedy) from err
-    if not isinstance(content, Mapping) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
-        expected = f"{FORMAT}, version {VERSION}"
-        raise StorageError("no checkpoint", place=str(path), expected=expected, remedy="Train into another folder.")
-    program = _program_of(content["program"], trusted)
-    program.simulate = content["simulate"]
-    recipe = content["recipe"]
-    return Checkpoint(
-        program,
-        OptimizerState(**content["optimizer"]),
-        Recipe(recipe["pipeline"], Schedule(**recipe["schedule"]), recipe["seed"]),
-        tuple(EpochRecord.from_dict(record) for record in content["history"]),
-    )
+        content = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        recipe = content["recipe"]
+        program = _program_of(content["program"], trusted, path)
+        program.simulate = content["simulate"]
+        return Checkpoint(
+            program,
+            OptimizerState(**content["optimizer"]),
+            Recipe(recipe["pipeline"], Schedule(**recipe["schedule"]), recipe["seed"]),
+            tuple(EpochRecord.from_dict(record) for record in content["history"]),
+        )
+    except StorageError:
+        raise
+    except _DECODING as err:
+        got = f"{type(err).__name__}: {clipped(str(err).partition(chr(10))[0], 120)}"
+        raise _unreadable(path, "what train_qat writes", got) from err
+
+
+def _read(path: Path) -> bytes:
+    """What follows the head, once it is found to be what was written."""
+    try:
+        with path.open("rb") as file:
+            head, payload = file.readline(200), file.read()
+    except OSError as err:
+        raise _unreadable(path, "a file", err.strerror or str(err)) from err
+    match, digest = _HEAD.fullmatch(head), hashlib.sha256(payload).hexdigest()
+    if match is None:
+        got = clipped(head.decode("ascii", "replace").strip()) or "nothing"
+        raise _unreadable(path, f"{FORMAT}, version {VERSION}", got)
+    expected = match[1].decode()
+    if digest != expected:
+        raise _unreadable(path, f"SHA-256 {expected[:12]}", f"SHA-256 {digest[:12]}")
+    return payload
+
+
+def _unreadable(path: Path, expected: str, got: str) -> StorageError:
+    remedy = "Is it a checkpoint of train_qat, and was it copied whole? If not, train anew with overwrite=True."
+    return StorageError("checkpoint cannot be read", place=str(path), expected=expected, got=got, remedy=remedy)
 
 
 def require_same_run(checkpoint: Checkpoint, recipe: Recipe, program: Program) -> None:
@@ -181,35 +211,51 @@ def _shapes(program: Program) -> dict[str, str]:
 
 
 def _program_bytes(program: Program) -> torch.Tensor:
-    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
-        path = Path(folder) / "program.fxq"
-        save_program(program, path)
-        return torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+    with _temporary_file() as file:
+        save_program(program, file)
+        return torch.from_numpy(np.fromfile(file, dtype=np.uint8))
 
 
-def _program_of(data: torch.Tensor, trusted: Sequence[str]) -> Program:
-    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
-        path = Path(folder) / "program.fxq"
-        path.write_bytes(data.numpy().tobytes())
-        return load_program(path, trusted=trusted)
+def _program_of(data: torch.Tensor, trusted: Sequence[str], path: Path) -> Program:
+    with _temporary_file() as file:
+        file.write_bytes(data.numpy().data)
+        try:
+            return load_program(file, trusted=trusted)
+        except StorageError as err:
+            place = err.place.replace(str(file), str(path))
+            raise StorageError(err.thing, place=place, expected=err.expected, got=err.got, remedy=err.remedy) from err
 
 
-def _require_plain(optimizer: OptimizerState) -> None:
-    """What torch.load(weights_only=True) would refuse is refused before it is written."""
-    for place, value in _leaves(optimizer.state, "state_dict()"):
-        if not (value is None or isinstance(value, (bool, int, float, str, torch.Tensor))):
-            raise StorageError(
-                f"optimizer {optimizer.kind} cannot be saved",
-                place=place,
-                expected="tensors, numbers and strings",
-                got=type(value).__name__,
-                remedy="Train without folder=, or with an optimizer whose state is plain.",
-            )
+@contextmanager
+def _temporary_file() -> Iterator[Path]:
+    """Where a program file can lie for the block. Raises StorageError if there is no room for it."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
+            yield Path(folder) / "program.fxq"
+    except OSError as err:
+        remedy = "Free some space there, or set TMPDIR to another folder."
+        raise StorageError(
+            "temporary folder cannot be written to",
+            place=tempfile.tempdir or "",
+            got=err.strerror or str(err),
+            remedy=remedy,
+        ) from err
 
 
-def _leaves(value: Any, place: str) -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        return [leaf for key, item in value.items() for leaf in _leaves(item, f"{place}[{key!r}]")]
-    if isinstance(value, (list, tuple)):
-        return [leaf for index, item in enumerate(value) for leaf in _leaves(item, f"{place}[{index}]")]
-    return [(place, value)]
+def _plain(value: Any, place: str, kind: str) -> Any:
+    """An optimizer's state as torch.load(weights_only=True) takes it, numpy's numbers as Python's; or StorageError."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) in (dict, OrderedDict):
+        return {_plain(key, place, kind): _plain(item, f"{place}[{key!r}]", kind) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{place}[{index}]", kind) for index, item in enumerate(value))
+    is_long = type(value) is int and value.bit_length() > 64
+    if value is None or (type(value) in (bool, int, float, str, torch.Tensor, torch.nn.Parameter) and not is_long):
+        return value
+    raise StorageError(
+        f"optimizer {kind} cannot be saved",
+        place=place,
+        expected="tensors, numbers and strings",
+        got="an integer of more than 64 bits" if is_long else type(value).__name__,
+        remedy="Train without folder=, or with an optimizer whose state is plain.",
+    )

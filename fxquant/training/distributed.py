@@ -4,7 +4,7 @@ DistributedDataParallel averages gradients, and with them learned ranges. What d
 same by `synchronise`, so that processes with shards of a batch do what one process does with the whole of it:
 
     calibration       extremes of each batch are those of all shards; histograms are added (numerics/estimators)
-    moving averages   the same, step by step (numerics/trained_ranges.py)
+    moving averages   the same, step by step (numerics/moving_range.py)
     batch norm        mean and variance of all shards, with their gradients (numerics/peer_statistics.py)
 """
 
@@ -23,6 +23,7 @@ from fxquant.errors import FxquantError
 from fxquant.graph.module import ProgramModule
 from fxquant.graph.program import Program, Stage
 from fxquant.numerics.fake_quant import FakeQuant, Mode
+from fxquant.numerics.live_batch_norm import BatchStatisticsNorm
 from fxquant.numerics.peers import Peers
 from fxquant.numerics.synchronised_batch_norm import synchronised
 from fxquant.numerics.trained_ranges import MovingRange
@@ -41,11 +42,13 @@ def synchronise(program: Program, group: dist.ProcessGroup | None = None, *, bat
 
     A step in training mode is collective then, and so is a batch of calibration; eval mode and finalize are not. A loss
     that is the mean over shards of one size has the gradients of the mean over the whole batch. Parameters that stand
-    still, as learned ranges do once frozen, get gradients of 0: `find_unused_parameters` is not needed for them.
-    Copies remain synchronised; saved and pickled ones are not, call it again on them.
+    still, as learned ranges do once frozen, get gradients of 0: `find_unused_parameters` is not needed for them. An
+    optimizer with momentum or weight decay moves such parameters on; nothing reads them: frozen grids are buffers.
+    Copies remain synchronised; saved and pickled ones are not, call it again on them. What an earlier call set is
+    undone. train_qat is a loop of one process and refuses a synchronised program.
 
     Arguments:
-        group: of torch.distributed; None stands for all processes. A group of one process changes nothing.
+        group: of torch.distributed; None stands for all processes. A group of one process synchronises nothing.
         batch_norm: normalise by the statistics of all shards. False: each process by its own, as PyTorch's batch norm
             does; processes then end with different statistics, and hence different folded weights.
 
@@ -64,10 +67,13 @@ def synchronise(program: Program, group: dist.ProcessGroup | None = None, *, bat
             module.estimator.peers = peers
         if isinstance(module.range, MovingRange):
             module.range.peers = peers
-    if peers is not None and batch_norm:
-        _synchronise_batch_norms(program, peers)
-    if _reach_idle_parameters not in program.module._forward_hooks.values():
-        program.module.register_forward_hook(_reach_idle_parameters)
+    _synchronise_batch_norms(program, peers if batch_norm else None)
+    _watch_idle_parameters(program.module, peers is not None)
+
+
+def is_synchronised(program: Program) -> bool:
+    """Whether `synchronise` made it train together with other processes."""
+    return _reach_idle_parameters in program.module._forward_hooks.values()
 
 
 def _peers(group: dist.ProcessGroup | None) -> Peers:
@@ -95,13 +101,24 @@ def _require_same(program: Program, peers: Peers) -> None:
         )
 
 
-def _synchronise_batch_norms(program: Program, peers: Peers) -> None:
+def _synchronise_batch_norms(program: Program, peers: Peers | None) -> None:
     twins: dict[int, nn.Module] = {}
     for path, module in list(program.module.named_modules(remove_duplicate=False)):
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BatchStatisticsNorm):
+            module.peers = peers
+        elif isinstance(module, _BatchNorm) and peers is not None:
             twins.setdefault(id(module), synchronised(module, peers))
             program.module.set_submodule(path, twins[id(module)])
-    program.recompile()
+    if twins:
+        program.recompile()
+
+
+def _watch_idle_parameters(module: ProgramModule, wanted: bool) -> None:
+    hooks = module._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _reach_idle_parameters]:
+        del hooks[key]
+    if wanted:
+        module.register_forward_hook(_reach_idle_parameters)
 
 
 class _Reached(torch.autograd.Function):

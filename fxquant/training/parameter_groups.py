@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import sys
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxquant.errors import ConfigError
@@ -38,8 +40,7 @@ def parameter_groups(
     """
     rates = (learning_rate, learning_rate if range_learning_rate is None else range_learning_rate, weight_decay)
     for name, number in zip(("learning_rate", "range_learning_rate", "weight_decay"), rates, strict=True):
-        if not (math.isfinite(number) and number >= 0):
-            raise ConfigError(f"parameter_groups: {name}", expected="a number that is not negative", got=str(number))
+        _require_rate(name, number)
     groups = {
         WEIGHTS: {"lr": rates[0], "weight_decay": rates[2]},
         NORMS_AND_BIASES: {"lr": rates[0], "weight_decay": 0.0},
@@ -53,6 +54,18 @@ def parameter_groups(
         remedy = "Training needs parameters with requires_grad=True."
         raise ConfigError("parameter_groups", expected="at least one trainable parameter", got="none", remedy=remedy)
     return found
+
+
+def _require_rate(name: str, number: Any) -> None:
+    is_number = isinstance(number, (Real, torch.Tensor)) and not isinstance(number, bool)
+    if is_number and 0 <= number <= sys.float_info.max:
+        return
+    raise ConfigError(
+        f"parameter_groups: {name}",
+        expected="a number that is not negative",
+        got=repr(number),
+        remedy=f"Write a number: {name}=1e-4, say.",
+    )
 
 
 def _members(module: nn.Module) -> dict[str, list[nn.Parameter]]:

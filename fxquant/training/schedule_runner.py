@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fxquant.errors import FxquantError
 from fxquant.graph.manager import PassManager
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Note, NoteKind, Program
@@ -43,8 +44,10 @@ class ScheduleRunner:
             optimizer: its groups' learning rates are divided when due, each by the same number. Leave it out where a
                 scheduler of your own sets them.
 
-        Raises PassError if something cannot be frozen; the epoch does not count then.
+        Raises FxquantError for what is no optimizer, and PassError if something cannot be frozen; the epoch does not
+        count then.
         """
+        _require_optimizer(optimizer)
         done, schedule = self.epoch + 1, self.schedule
         actions: list[str] = []
         if done == schedule.freeze_batch_norm_after:
@@ -66,6 +69,18 @@ class ScheduleRunner:
 def learning_rates(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:
     """The learning rate of each parameter group."""
     return tuple(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _require_optimizer(optimizer: object) -> None:
+    """One that divides its learning rates, or None; what has `param_groups` will do (a wrapped optimizer)."""
+    if optimizer is None or isinstance(getattr(optimizer, "param_groups", None), list):
+        return
+    raise FxquantError(
+        "step_epoch",
+        expected="a torch optimizer, whose learning rates it divides, or None",
+        got=f"{type(optimizer).__name__}: {optimizer!r}"[:200],
+        remedy="Pass the optimizer that trains the parameters; the epoch is counted by itself.",
+    )
 
 
 def _divide(optimizer: torch.optim.Optimizer, divisor: float) -> str:

@@ -7,6 +7,17 @@ import random
 import numpy as np
 import torch
 
+from fxquant.errors import ConfigError
+from fxquant.schedule import plain_integer, shown
+
+
+def plain_seed(seed: object) -> int:
+    """A run's seed as a plain int; raises ConfigError for what is none, or no file of ours can hold."""
+    found = plain_integer(seed)
+    if found is None or not 0 <= found < 2**64:
+        raise ConfigError("train_qat: seed", expected="an integer from 0 to 2^64 - 1", got=shown(seed))
+    return found
+
 
 def seed_epoch(seed: int, epoch: int, loader: object = None) -> None:
     """Seed every generator that an epoch may draw from: torch's (CUDA's too), numpy's, Python's.

@@ -13,7 +13,7 @@ import fxquant
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import Mode
 
-PRESETS = ("int8_per_channel", "int8_per_channel_qat", "int8_per_channel_lsq")
+PRESETS = ("int8_per_channel", "int8_per_channel_qat", "int8_per_channel_lsq_qat")
 
 
 def calibrated(activation: nn.Module, preset: str = "int8_per_channel", x: torch.Tensor | None = None) -> Program:

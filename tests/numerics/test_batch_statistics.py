@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fxquant.numerics.batch_statistics import batch_statistics, normalise
@@ -137,6 +138,39 @@ def test_statistics_keep_their_accuracy_far_from_zero_and_at_any_size(offset: fl
     assert not representable or bool(((found.var - var).abs() <= 4e-6 * var).all())
 
 
+class Calls(TorchDispatchMode):
+    """The names of the operators that are called, with the shape of their first argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Size]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and isinstance(args[0], torch.Tensor):
+            self.seen.append((func.overloadpacket.__name__, args[0].shape))
+        return func(*args, **(kwargs or {}))
+
+
+def test_channels_far_from_zero_alone_are_computed_again() -> None:
+    z = randn(4, 5, 12, 12)
+    z[:, 1] += 50.0
+    z[:, 4] = torch.nan
+    with Calls() as calls:
+        found = batch_statistics(z.float())
+    mean, var = z.mean((0, 2, 3)), z.var((0, 2, 3), correction=0)
+    assert [shape for name, shape in calls.seen if name == "batch_norm_update_stats"] == [(4, 2, 12, 12)]
+    torch.testing.assert_close(found.mean.double(), mean, rtol=1e-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(found.var.double(), var, rtol=4e-6, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("size", "name"), [(1, "batch_norm_update_stats"), (12, "linalg_vector_norm")])
+def test_small_planes_take_no_sum_each(size: int, name: str) -> None:
+    with Calls() as calls:
+        batch_statistics(randn(4, 5, size, size).float())
+    names = {"batch_norm_update_stats", "linalg_vector_norm"}
+    assert [called for called, _ in calls.seen if called in names] == [name]
+
+
 def test_one_value_a_channel_is_refused_and_none_passes() -> None:
     norm, live = pair(torch.float64)
     for one in (lambda x: norm(x), lambda x: live(x, torch.ones(5, dtype=torch.float64))):
@@ -172,3 +206,11 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(live(z, torch.ones(5, dtype=torch.float64)).square().sum(), z, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("offset", [0.5, 5.0, 20.0, 100.0, 400.0])
+def test_statistics_are_as_accurate_as_torch_s_whatever_mean_squared_over_variance_is(offset: float) -> None:
+    x = randn(8, 4, 32, 32, dtype=torch.float32) + offset**0.5
+    found, wide = batch_statistics(x), x.double()
+    torch.testing.assert_close(found.mean.double(), wide.mean((0, 2, 3)), rtol=2e-7, atol=1e-7)
+    torch.testing.assert_close(found.var.double(), wide.var((0, 2, 3), correction=0), rtol=5e-7, atol=0.0)

@@ -6,16 +6,19 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fxquant.errors import CalibrationError, SpecError
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.numerics.grids import SMALLEST_SCALE, grid_for_range
+from fxquant.numerics.learned_rounding import learned_fake_quantize
 from fxquant.numerics.trained_ranges import LearnedRange, MovingRange, make_range
 from fxquant.spec import Granularity, Limits, QuantSpec
 
@@ -309,6 +312,68 @@ def test_a_relu6_stays_fused_after_200_steps_that_widen_it(training: str) -> Non
     optimizer.zero_grad()
     found.grid(NO_FLOOR)[0].backward()
     assert any(one.grad is not None and float(one.grad) > 0 for one in found.parameters())  # it can come back
+
+
+@pytest.mark.parametrize("training", LEARNED)
+def test_a_loss_that_wants_more_than_a_limit_moves_nothing(training: str) -> None:
+    """Exactly 0: of any other number, be it a rounding error, Adam makes a full step."""
+    for bits in (4, 8):
+        module = FakeQuant(QuantSpec(bits, limits=Limits(0.0, 6.0), training=training))
+        module.set_range(torch.tensor(0.0), torch.tensor(6.0))
+        module.engage()
+        optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+        before = module.scale.clone()
+        for step in range(5):
+            optimizer.zero_grad()
+            (-module(torch.tensor([7.0, 8.0 + step, 3.3]))[:2].sum()).backward()
+            assert all(float(one.grad) == 0.0 for one in module.parameters() if one.grad is not None)
+            optimizer.step()
+        assert torch.equal(module.scale, before)
+
+
+@pytest.mark.parametrize("training", ["lsq", "lsq+", "log2"])
+@pytest.mark.parametrize("limit", [1.0, 6.0, 0.3])
+def test_scales_at_two_limits_are_not_moved_by_what_wants_more(training: str, limit: float) -> None:
+    """Nor is a lowest value, which has nowhere to go at the largest scale."""
+    spec = QuantSpec(limits=Limits(-limit, limit), training=training)
+    found = begun(spec, *grid_for_range(torch.tensor(-limit), torch.tensor(limit), spec))
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            parameter += 0.0 if name == "low" else 1e-4
+    scale, zero_point = found.grid(NO_FLOOR)
+    x = torch.tensor([2.0 * limit, 3.0 * limit])
+    (-learned_fake_quantize(x, scale, zero_point, spec.qmin, spec.qmax).sum()).backward()
+    assert all(float(one.grad) == 0.0 for one in found.parameters() if one.grad is not None)
+
+
+def test_the_scale_of_lsq_plus_is_its_parameter_wherever_the_lowest_value_is() -> None:
+    found = begun(QuantSpec(training="lsq+"), torch.tensor(0.125), torch.tensor(0))
+    for low, zero_point in ((0.7, 0), (0.0, 0), (-1.0, 8), (-100.0, 255)):
+        with torch.no_grad():
+            found.low.fill_(low)
+        grid = found.grid(NO_FLOOR)
+        assert [float(part.detach()) for part in grid] == [0.125, zero_point]
+        found.zero_grad()
+        grid[1].backward()  # what lies outside wants to be larger: 0 is as far as the lowest value can go
+        assert found.low.grad is not None and (float(found.low.grad) < 0.0) is (low < 0.0)
+
+
+@pytest.mark.parametrize(("training", "most"), [("lsq", 30), ("lsq+", 80), ("min-max", 80), ("log2", 36)])
+def test_a_range_costs_few_operations(training: str, most: int) -> None:
+    """Both ways; each is some microseconds of a step, for every value of a model."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    found = begun(QuantSpec(training=training), torch.tensor(0.1), torch.tensor(100))
+    with Counter() as counter:
+        grid = found.grid(NO_FLOOR)
+        torch.autograd.backward([part for part in grid if part.requires_grad])
+    assert counter.count <= most
 
 
 WILD = {

@@ -31,7 +31,8 @@ class Reuse(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.bn1(self.conv(x)))
         x = torch.relu(self.bn2(self.conv(x)))
-        return torch.relu(self.shared(self.one(x))) + self.shared(self.two(x))
+        out: torch.Tensor = torch.relu(self.shared(self.one(x))) + self.shared(self.two(x))
+        return out
 
 
 class TwoNorms(nn.Module):

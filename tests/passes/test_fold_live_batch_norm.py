@@ -183,3 +183,38 @@ def test_coverage_counts_the_same_integer_operations_before_and_after_the_fold()
     assert set(live.operations) - {"_1"} == set(folded.operations) and live.float_islands == ()
     reasons = {row.value: row.reason for row in live.in_float}
     assert reasons["_0_weight"] == "'_0_weight_folded' is computed from it"
+
+
+class Shared(nn.Module):
+    """A block with a batch norm that stands at two paths, and is called at both."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        block = Chain(conv=nn.Conv2d(4, 4, 3, padding=1, bias=False), norm=nn.BatchNorm2d(4), relu=nn.ReLU())
+        self.blocks = nn.ModuleList([block, block] if at == "list" else [block])
+        self.alias = block if at == "attribute" else None
+        self.head = nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.blocks, *([] if self.alias is None else [self.alias])):
+            x = block(x)
+        return torch.as_tensor(self.head(x))
+
+
+@pytest.mark.parametrize("freezes", [False, True], ids=["live", "frozen half way"])
+@pytest.mark.parametrize("at", ["list", "attribute"])
+def test_block_that_stands_at_two_paths_is_trained_and_exported(at: str, freezes: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sim = fxquant.QuantSim(randomize(Shared(at)).eval(), IMAGE, "int8_per_channel_qat")
+    sim.compute_encodings([IMAGE], progress=False)
+    train(sim.program, IMAGE, steps=2)
+    if freezes:
+        sim.freeze_batch_norm()
+        train(sim.program, IMAGE, steps=2)
+    final = sim.snapshot()
+    assert not [name for name, module in final.module.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    assert report(at, sim.program, final, IMAGE) == 0
+    sim.program.simulate = "exact"
+    sim.export(tmp_path)
+    found = sim.check_parity(tmp_path / "model.onnx", [(IMAGE,)])
+    assert found.exact and "0 float islands, 0 uncertified" in str(found)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
 
 from fxquant.graph.program import Program, Stage
 from fxquant.numerics.fake_quant import Mode
 from fxquant.passes import FreezeObservers
-from fxquant.spec import QuantSpec
+from fxquant.sim import QuantSim
+from fxquant.spec import QuantSpec, SpecOverride
 from tests.helpers import Builder, assert_rewrites, quantized_program, run_pass
 from tests.passes.harness import difference, reasons
 
@@ -142,3 +148,114 @@ def test_random_calibrated_programs_compute_what_they_computed(high: float, bits
     before = program.module(IMAGE).detach()
     run_pass(FreezeObservers(), program)
     assert difference(program, before, IMAGE) == 0.0
+
+
+class ZeroInit(nn.Module):
+    """A residual block whose last gamma is 0, as zero-initialised residuals begin."""
+
+    def __init__(self, gamma: float = 0.0) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Linear(8, 4)
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        nn.init.constant_(self.norm.weight, gamma)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.stem(x))
+        return torch.as_tensor(self.fc(functional.relu(x + self.norm(self.conv(x))).mean((2, 3))))
+
+
+IMAGES = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+LABELS = torch.tensor([0, 1, 2, 3] * 2)
+
+
+def zero_init(training: str = "lsq", gamma: float = 0.0) -> QuantSim:
+    torch.manual_seed(0)
+    weight = SpecOverride(training=training)
+    sim = QuantSim(ZeroInit(gamma).eval(), IMAGES, "int8_per_channel_qat", weight=weight)
+    sim.compute_encodings([IMAGES], progress=False)
+    return sim
+
+
+def weight_quantizer(sim: QuantSim) -> Any:
+    return sim.program.fake_quant(sim.program.node("conv_weight_folded_fq"))
+
+
+def epoch(sim: QuantSim, lr: float, steps: int = 12) -> list[float]:
+    optimizer, losses = torch.optim.Adam(sim.model.parameters(), lr), []
+    sim.model.train()
+    for _ in range(steps):
+        loss = functional.cross_entropy(sim.model(IMAGES), LABELS)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def is_exported_exactly(sim: QuantSim, folder: Path) -> bool:
+    sim.export(folder)
+    found = sim.check_parity(folder / "model.onnx", [(IMAGES,)])
+    print(str(found).splitlines()[0])
+    return found.exact and len(found.rows) > 0
+
+
+@pytest.mark.parametrize("training", ["lsq", "min-max", "log2"])
+def test_learned_range_of_a_weight_begins_at_what_training_computes(training: str) -> None:
+    sim = zero_init(training)
+    norm, weight = sim.model.get_submodule("norm"), sim.model.get_parameter("conv.weight").detach()
+    ratio = norm.get_submodule("ratio").train()(norm.weight, norm.running_var)
+    wanted = (weight * ratio.view(-1, 1, 1, 1)).abs().amax((1, 2, 3)) / 127
+    torch.testing.assert_close(weight_quantizer(sim).encoding.scale, wanted, rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize(("training", "lr"), [("lsq", 1e-4), ("lsq", 1e-3), ("static", 1e-3)])
+def test_frozen_half_way_behind_a_gamma_of_0_it_trains_on_and_exports(
+    training: str, lr: float, epochs: int, mode: str, tmp_path: Path
+) -> None:
+    sim = zero_init(training)
+    losses = [loss for _ in range(epochs) for loss in epoch(sim, lr)]
+    sim.model.train(mode == "train")
+    sim.freeze_encodings()
+    assert is_exported_exactly(sim, tmp_path)
+    losses += [loss for _ in range(2) for loss in epoch(sim, lr)]
+    assert losses[-1] < losses[0]
+    assert is_exported_exactly(sim, tmp_path)
+
+
+def test_weights_behind_a_gamma_of_0_are_still_trained_when_encodings_were_frozen() -> None:
+    """A grid of the deployed weight, which is 0, would clip all of it."""
+    sim = zero_init("static")
+    sim.freeze_encodings()
+    with torch.no_grad():
+        sim.model.get_parameter("norm.weight").fill_(0.02)
+    epoch(sim, 0.0, steps=1)
+    grad = sim.model.get_parameter("conv.weight").grad
+    assert grad is not None and float((grad != 0).float().mean()) > 0.9
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_scale_that_collapsed_is_frozen_with_the_floor_that_its_bias_needs(mode: str, tmp_path: Path) -> None:
+    sim = zero_init(gamma=1.0)
+    epoch(sim, 1e-3)
+    with torch.no_grad():
+        weight_quantizer(sim).range.scale.fill_(-1.0)
+    sim.model.train(mode == "train")
+    finalized = sim.snapshot().module.get_submodule("fake_quants.conv_weight_folded")
+    sim.freeze_encodings()
+    assert torch.equal(weight_quantizer(sim).scale, finalized.get_buffer("scale"))
+    assert is_exported_exactly(sim, tmp_path)
+    epoch(sim, 1e-4)
+    assert is_exported_exactly(sim, tmp_path)
+
+
+@pytest.mark.parametrize("training", ["lsq", "static"])
+def test_gammas_that_collapse_leave_a_program_that_is_frozen_and_exported(training: str, tmp_path: Path) -> None:
+    sim = zero_init(training, gamma=1.0)
+    with torch.no_grad():
+        sim.model.get_parameter("norm.weight").fill_(1e-7)
+    epoch(sim, 1e-3)
+    sim.freeze_encodings()
+    epoch(sim, 1e-3)
+    assert is_exported_exactly(sim, tmp_path)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fxquant
-from fxquant.errors import PassError, SpecError
+from fxquant.errors import CalibrationError, PassError, SpecError
 from fxquant.graph.program import Program
 from fxquant.graph.render import render
 from fxquant.numerics.fake_quant import FakeQuant, Mode
@@ -124,3 +124,51 @@ def test_training_is_printed(tmp_path: Any) -> None:
     assert "trained by log2" in str(quantizer(program, "fc").spec)
     assert [line for line in render(program).splitlines() if "fc_fq" in line and "trained by log2" in line]
     assert str(SpecOverride(training="log2")) == "training log2"
+
+
+class Parameters(nn.Module):
+    """A layer scale and a position embedding; and a second layer for their quantized result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 3, 3)
+        self.gain, self.place = nn.Parameter(torch.rand(4, 1, 1)), nn.Parameter(torch.rand(4, 6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.last(torch.relu(self.conv(x)) * self.gain + self.place)
+        return found
+
+
+@pytest.mark.parametrize("preset", ["int8_per_channel", "int8_per_channel_qat"])
+def test_moving_average_of_activations_leaves_parameters_to_be_followed(preset: str) -> None:
+    activation = SpecOverride(training="moving-average")
+    sim = fxquant.QuantSim(Parameters().eval(), X, preset, activation=activation)
+    for name in ("gain", "place"):
+        assert quantizer(sim.program, name).spec.training == "static" and quantizer(sim.program, name).follows
+    assert quantizer(sim.program, "mul").spec.training == "moving-average"
+    sim.compute_encodings([X], progress=False)
+    sim.model.train()
+    with torch.no_grad():
+        sim.model.get_parameter("gain").fill_(9.0)
+    sim.model(X)
+    grid = quantizer(sim.program, "gain").encoding
+    assert float(grid.scale) * 255 == pytest.approx(9.0, rel=1e-6)
+    assert quantizer(sim.program, "mul").mode is Mode.TRACK
+
+
+def test_moving_average_of_weights_is_refused_by_name_also_where_activations_have_one() -> None:
+    moving = SpecOverride(training="moving-average")
+    with pytest.raises(PassError, match="weight 'conv_weight' is wanted with a moving average"):
+        fxquant.QuantSim(Parameters().eval(), X, activation=moving, weight=moving)
+
+
+def test_weight_that_training_made_nan_is_what_the_error_speaks_of() -> None:
+    program = fxquant.capture(Net().eval(), (X,))
+    fxquant.load_pipeline("int8_per_channel").prepare(program)
+    fxquant.calibrate(program, [(X,)], progress=False)
+    program.module.train()
+    with torch.no_grad():
+        program.module.get_parameter("conv.weight")[1, 0, 0, :2] = float("nan")
+    text = r"shape \(4, 3, 3, 3\), is not finite.*got 2 of 108 NaN or Inf.*lower the learning rate"
+    with pytest.raises(CalibrationError, match=text):
+        program.module(X)

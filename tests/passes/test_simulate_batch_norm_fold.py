@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxquant
+from fxquant.calibration import calibrate
 from fxquant.graph.manager import PassManager
+from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.live_batch_norm import LiveBatchNorm
 from fxquant.passes import ConvolveBatchNorm, FoldBatchNorm, FreezeBatchNorm, SimulateBatchNormFold
@@ -159,6 +161,61 @@ def test_batch_norm_behind_no_layer_is_folded_forward() -> None:
     assert reasons(entry) == [
         "bn not simulated: relu before it is no convolution or linear; folding forward is off"
     ] and live_modules(program) == ["bn2"]
+
+
+class Ahead(nn.Module):
+    """A batch norm with no layer in front, under two names, and one with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.bn = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+        self.again = nn.ModuleList([self.first])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.bn(self.conv(self.first(x))))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_batch_norm_folded_forward_goes_and_a_note_says_so(frozen: bool) -> None:
+    program = captured(randomize(Ahead()), IMAGE)
+    if frozen:
+        run_pass(FreezeBatchNorm(), program)
+    run_pass(SimulateBatchNormFold(), program)
+    assert [key for key in program.module.state_dict() if key.startswith(("first", "again"))] == []
+    notes = [str(note) for note in program.notes if "for good" in note.text]
+    assert len(notes) == 1 and notes[0].startswith("training: first: no layer in front of this batch norm")
+    program.module.train()
+    _, got = gradients(program, IMAGE)
+    held = {"conv.weight", "conv.bias", "bn.weight", "bn.bias"}
+    assert got.keys() == held and all(bool(one.any()) for name, one in got.items() if name != "conv.bias" or frozen)
+
+
+class Watched(nn.Module):
+    """A batch norm whose gamma is read elsewhere too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.conv = nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.conv(self.bn(x))) * self.bn.weight.sum()
+
+
+def test_batch_norm_folded_forward_stays_where_its_tensors_are_read() -> None:
+    model = randomize(Watched())
+    expected, program = output(model, IMAGE), captured(model, IMAGE)
+    run_pass(SimulateBatchNormFold(), program)
+    assert difference(program, expected, IMAGE) < ROUNDING
+    assert "bn.weight" in program.module.state_dict() and [note for note in program.notes if "for good" in note.text]
+
+
+def test_all_that_is_trained_has_a_gradient_behind_a_fold_forward() -> None:
+    program = captured(randomize(Ahead()), IMAGE)
+    load_pipeline("int8_per_channel_qat").prepare(program)
+    calibrate(program, [IMAGE])
+    program.module.train()(IMAGE).square().sum().backward()
+    trained = [one for group in fxquant.parameter_groups(program, 1e-3) for one in group["params"]]
+    assert trained and [one.shape for one in trained if one.grad is None] == []
 
 
 class Branches(nn.Module):
@@ -354,6 +411,44 @@ def test_random_layers_compute_the_same_in_both_modes(
         with torch.no_grad():
             found, expected = live.module.train(training)(IMAGE), plain.module.train(training)(IMAGE)
         assert float((found - expected).abs().max()) < 2 * ROUNDING * float(expected.abs().max())
+
+
+def scaled_by_hand(weight: torch.Tensor, ratio: torch.Tensor, groups: int) -> torch.Tensor:
+    """A transposed convolution's weight [in, out / groups, ...], in float64, each output channel times its ratio."""
+    rows, each = weight.shape[0] // groups, weight.shape[1]
+    found = weight.detach().double()
+    for channel, factor in enumerate(ratio.tolist()):
+        group, column = divmod(channel, each)
+        found[group * rows : (group + 1) * rows, column] *= factor
+    return found
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_layer_and_its_batch_norm_are_those_of_float64(groups: int, training: bool) -> None:
+    torch.manual_seed(groups)
+    layers: dict[str, nn.Module] = {
+        "up": nn.ConvTranspose2d(4, 6, 3, stride=2, groups=groups, bias=False),
+        "norm": nn.BatchNorm2d(6),
+    }
+    model = randomize(Chain(conv=nn.Conv2d(4, 4, 1), **layers, relu=nn.ReLU()))
+    with torch.no_grad():
+        model.get_parameter("norm.weight").copy_(torch.linspace(-1.5, 1.4, 6))  # none is close to 0
+    program = captured(model, IMAGE)
+    load_pipeline("int8_per_channel_qat").prepare(program)
+    calibrate(program, [IMAGE])
+    module: Any = program.module.train(training)
+    norm, seen = copy.deepcopy(module.norm).double(), {}
+    module.fake_quants.conv.register_forward_hook(lambda _, args, output: seen.update(x=output.double()))
+    module.norm.register_forward_hook(lambda _, args, output: seen.update(z=args[0].double(), y=output.double()))
+    module(IMAGE)
+    ratio, shape = norm.weight / (norm.running_var + norm.eps).sqrt(), (-1, 1, 1)
+    weight = scaled_by_hand(module.up.weight, ratio, groups)
+    z = nn.functional.conv_transpose2d(seen["x"], weight, stride=2, groups=groups)
+    folded = z + (norm.bias - norm.running_mean * ratio).view(shape)
+    torch.testing.assert_close(seen["z"], z if training else folded, rtol=1e-5, atol=1e-5)
+    live = nn.functional.batch_norm(z / ratio.view(shape), None, None, norm.weight, norm.bias, True, eps=norm.eps)
+    torch.testing.assert_close(seen["y"], live if training else folded, rtol=1e-5, atol=1e-5)
 
 
 def test_pass_runs_in_a_manager_with_its_contract_checked() -> None:

@@ -107,7 +107,7 @@ def prepared(recipe: Recipe) -> QuantSim:
         activation=SpecOverride(bits=activation_bits, training=activation),
         weight=SpecOverride(bits=weight_bits, training=weight),
     )
-    sim.compute_encodings(list(images.split(4 * BATCH)), progress=False)
+    sim.compute_encodings(list(torch.split(images, 4 * BATCH)), progress=False)
     return sim
 
 
@@ -143,7 +143,7 @@ def trained(recipe: Recipe, steps: int = STEPS) -> Trained:
     for step, (images, labels) in enumerate(batches(recipe, steps)):
         loss = functional.cross_entropy(sim.model(images), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
         if step + 1 == steps // 2 and BATCH_NORMS[recipe.batch_norm][1]:

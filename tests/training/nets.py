@@ -356,7 +356,8 @@ def _learned(name: str) -> dict[str, torch.Tensor]:
     images, labels = examples(name, 512)
     for chosen in torch.randint(0, len(labels), (FLOAT_STEPS, 32)):
         optimizer.zero_grad()
-        F.cross_entropy(model(images[chosen]), labels[chosen]).backward()
+        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return {key: value.clone() for key, value in model.state_dict().items()}
 

@@ -18,11 +18,12 @@ from fxquant.graph.manager import PassManager
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import FakeQuant
-from fxquant.numerics.live_batch_norm import LiveBatchNorm
+from fxquant.numerics.live_batch_norm import BatchStatisticsNorm, LiveBatchNorm
 from fxquant.numerics.peers import Peers
 from fxquant.numerics.synchronised_batch_norm import synchronised
 from fxquant.sim import QuantSim
 from fxquant.spec import SpecOverride
+from fxquant.training.distributed import is_synchronised
 
 Grids = dict[str, torch.Tensor]
 EXAMPLES, SIDE, CLASSES = 16, 8, 4
@@ -164,12 +165,26 @@ def error_of_training(plan: Plan) -> str:
     return "no error"
 
 
-def peers_in_groups_of_one() -> list[Peers]:
-    """The peers that synchronising in a group of this process alone leaves in the program."""
+def peers_in_groups_of_one() -> tuple[list[Peers], bool]:
+    """What synchronising in a group of this process alone, after one in a group of all, leaves: peers, the hook."""
     groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
     sim = simulation(Plan(together=False))
+    fxquant.synchronise(sim.program)
+    assert is_synchronised(sim.program)
     fxquant.synchronise(sim.program, groups[dist.get_rank()])
-    return [peers for module in sim.model.modules() if (peers := getattr(module, "peers", None)) is not None]
+    left = [peers for module in sim.model.modules() if (peers := getattr(module, "peers", None)) is not None]
+    return left, is_synchronised(sim.program)
+
+
+def peers_of_norms_when_synchronised_again() -> list[bool]:
+    """Whether batch norms have peers after `synchronise`, and after another one with batch_norm=False."""
+    sim = simulation(Plan(together=False))
+    found = []
+    for batch_norm in (True, False):
+        fxquant.synchronise(sim.program, batch_norm=batch_norm)
+        norms = [module for module in sim.model.modules() if isinstance(module, BatchStatisticsNorm)]
+        found.append(any(norm.peers is not None for norm in norms))
+    return found
 
 
 def mean_of_all(value: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,11 @@ def test_synchronise_refuses_programs_when_they_differ(pair: Processes, what: st
 
 
 def test_synchronise_leaves_no_peers_when_the_group_is_one_process(pair: Processes) -> None:
-    assert pair.run(jobs.peers_in_groups_of_one) == [[], []]
+    assert pair.run(jobs.peers_in_groups_of_one) == [([], False), ([], False)]
+
+
+def test_batch_norms_are_each_process_s_own_again_when_synchronised_again_without_them(pair: Processes) -> None:
+    assert pair.run(jobs.peers_of_norms_when_synchronised_again) == [[True, False], [True, False]]
 
 
 def test_synchronise_says_what_is_missing_when_there_is_no_process_group() -> None:

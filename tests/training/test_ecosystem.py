@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +20,8 @@ import fxquant
 from fxquant.errors import FxquantError
 from fxquant.graph.module import ProgramModule
 from fxquant.numerics.fake_quant import FakeQuant
+from fxquant.numerics.padded_convolution import PADDED_CONVOLUTION
+from fxquant.sim import QuantSim
 from tests.training.residual import (
     FOLDED,
     LIVE,
@@ -68,6 +71,65 @@ def test_autocast_trains_and_leaves_exact_codes(preset: str, training: str | Non
     after = [one for one in module.parameters() if one.ndim > 1]
     assert not any(torch.equal(old, new) for old, new in zip(before, after, strict=True))
     assert_ends_where_it_trained(sim, sim.program, tmp_path)
+
+
+class Convolutions(nn.Module):
+    """One of each form: plain, transposed, with a pad in front, of a single axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.up = nn.Conv2d(3, 4, 3, bias=False), nn.ConvTranspose2d(4, 4, 2, stride=2)
+        self.padded, self.line = nn.Conv2d(4, 4, 2), nn.Conv1d(4, 5, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.padded(nn.functional.pad(torch.relu(self.up(self.plain(x))), (0, 1, 0, 1)))
+        return torch.as_tensor(self.line(y.flatten(2)).mean(2))
+
+
+def dtypes_of_saved_images(module: nn.Module, dtype: torch.dtype, enabled: bool) -> list[torch.dtype]:
+    """Of what a forward on `dtype` under autocast keeps for backward, those with all its convolutions' axes."""
+    kept: list[torch.dtype] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.extend([tensor.dtype] if tensor.ndim > 2 and tensor.is_floating_point() else [])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            module.to(dtype)(batches()[0].to(dtype)).sum().backward()
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("enabled", "dtype", "expected"),
+    [
+        (True, torch.float32, torch.bfloat16),
+        (False, torch.float32, torch.float32),
+        (True, torch.float64, torch.float64),
+        (True, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_convolutions_compute_in_the_dtype_of_autocast(
+    enabled: bool, dtype: torch.dtype, expected: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = Convolutions().eval()
+    sim = QuantSim(copy.deepcopy(model), batches()[0], FOLDED)
+    assert any(node.target is PADDED_CONVOLUTION for node in sim.program.graph.nodes)
+    sim.compute_encodings(batches(), progress=False)
+    module = pickle.loads(pickle.dumps(sim.model)).train()
+    for each in (model, sim.model.train(), module):
+        seen = dtypes_of_saved_images(each, dtype, enabled)
+        assert len(seen) >= 8 and set(seen[:8]) == {expected}, (seen, each)
+
+
+@pytest.mark.parametrize(("enabled", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_convolution_in_front_of_a_live_batch_norm_heeds_autocast(enabled: bool, expected: torch.dtype) -> None:
+    module, seen = simulated(LIVE).model.train(), []
+    module.bn.register_forward_hook(lambda _, args, output: seen.append((args[0].dtype, output.dtype)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        module(batches()[0])
+    assert seen == [(expected, expected)]
 
 
 def test_exact_is_exact_under_autocast() -> None:

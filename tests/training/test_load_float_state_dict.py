@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from torch import nn
 import fxquant
 from fxquant.errors import FxquantError
 from fxquant.graph.manager import PassManager
-from fxquant.graph.program import Program
+from fxquant.graph.passes import Contract, Pass
+from fxquant.graph.program import Program, Stage
+from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.fake_quant import Mode
 from fxquant.passes.fold_constants import FoldConstants
 from tests.training.residual import FOLDED, LIVE, Net, batches, float_net, simulated, train
@@ -87,6 +91,16 @@ def test_folded_tensors_are_refused_by_name_and_pass(tmp_path: Path) -> None:
         assert "fc.weight" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("preset", "is_advised"), [(LIVE, False), (FOLDED, True)])
+def test_qat_preset_is_advised_where_it_helps(preset: str, is_advised: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    program = fxquant.QuantSim(copy.deepcopy(model), batches()[0], preset).program
+    with pytest.raises(FxquantError, match="has changed .*0.weight.*Load it right after capture") as caught:
+        program.load_float_state_dict(model.state_dict())
+    assert ("'_qat' preset" in str(caught.value)) == is_advised
+
+
 def test_tensors_that_no_pass_changed_can_be_loaded_alone() -> None:
     program = simulated(FOLDED).program
     state = float_net(seed=5).state_dict()
@@ -158,6 +172,32 @@ def test_one_name_of_a_tied_tensor_is_enough_and_two_values_are_refused() -> Non
     assert torch.equal(program.module.get_parameter("2.weight"), alone["0.weight"])
     with pytest.raises(FxquantError, match="'2.weight' and '0.weight' are one tensor, and differ"):
         program.load_float_state_dict({**alone, "2.weight": state["2.weight"]})
+
+
+def test_checkpoint_with_nan_is_refused_by_name() -> None:
+    program, state = simulated().program, float_net(seed=5).state_dict()
+    state["bn.running_mean"][:2] = torch.nan
+    with pytest.raises(FxquantError, match="got 'bn.running_mean' has 2 NaN$"):
+        program.load_float_state_dict(state)
+
+
+@pytest.mark.parametrize("shows_in_version", [True, False])
+def test_tensor_that_a_pass_wrote_in_place_is_refused(shows_in_version: bool) -> None:
+    @dataclass(frozen=True)
+    class Double(Pass):
+        name: ClassVar[str] = "double"
+        stages: ClassVar[tuple[Stage, ...]] = (Stage.CAPTURED,)
+        contract: ClassVar[Contract] = Contract.CHANGES
+
+        def rewrite(self, program: Program, rewriter: Rewriter) -> None:
+            with torch.no_grad(), rewriter.editing("fc") as module:
+                weight = module.get_parameter("weight")
+                (weight if shows_in_version else weight.data).mul_(2.0)
+
+    program = fxquant.capture(float_net(), batches()[0])
+    PassManager([Double()]).run(program)
+    with pytest.raises(FxquantError, match="'double' has changed fc.weight\\. Load"):
+        program.load_float_state_dict(float_net().state_dict())
 
 
 def test_what_the_model_does_not_use_is_loaded_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,16 @@ def test_nothing_to_train_is_refused() -> None:
     program.module.requires_grad_(False)
     with pytest.raises(ConfigError, match="expected at least one trainable parameter; got none"):
         fxquant.parameter_groups(program, 1e-3)
+
+
+@pytest.mark.parametrize("wrong", ["1e-3", None, True, [1e-3], math.nan, math.inf, -1e-3, 10**400])
+@pytest.mark.parametrize("name", ["learning_rate", "range_learning_rate", "weight_decay"])
+def test_rate_that_is_no_number_is_refused_by_name_with_a_remedy(name: str, wrong: object) -> None:
+    if (name, wrong) == ("range_learning_rate", None):
+        return
+    options: dict[str, Any] = {"learning_rate": 1e-3, name: wrong}
+    with pytest.raises(ConfigError) as raised:
+        fxquant.parameter_groups(residual_program(), **options)
+    error = raised.value
+    assert (error.thing, error.got) == (f"parameter_groups: {name}", repr(wrong))
+    assert error.expected and f"{name}=1e-4" in error.remedy

@@ -108,6 +108,22 @@ def test_modes_come_back_when_left_by_an_exception(ranges: str) -> None:
     assert modes(sim.program) == before
 
 
+def test_quantizers_that_were_changed_inside_stay_as_they_are() -> None:
+    sim = prepared(RECIPE)
+    chosen = [module for _, module in sim.program.fake_quant_nodes()]
+    before = modes(sim.program)
+    with sim.program.quantizers(weights=False, activations=False):
+        chosen[0].mode = Mode.FROZEN
+    assert modes(sim.program) == [Mode.FROZEN, *before[1:]]
+
+
+def test_names_must_match_in_full() -> None:
+    sim = prepared(RECIPE)
+    name = max((str(node.args[0]) for node, _ in sim.program.fake_quant_nodes()), key=len)
+    with pytest.raises(FxquantError, match="no quantizer is called"), sim.program.quantizers(only=name[:-1]):
+        pass
+
+
 def test_modes_come_back_when_it_still_observes() -> None:
     images, _ = examples("residual", 32)
     sim = QuantSim(net("residual"), (images[:2],))

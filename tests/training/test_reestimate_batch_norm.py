@@ -124,6 +124,32 @@ def test_at_most_so_many_batches_are_read() -> None:
     assert len(list(source)) == 1
 
 
+def test_weight_grids_follow_at_once_and_go_back_with_undo() -> None:
+    sim = prepared(Recipe("residual"))
+    sim.model.eval()
+
+    def grids() -> list[torch.Tensor]:
+        return [module.scale.clone() for _, module in sim.program.fake_quant_nodes() if module.follows]
+
+    def settled() -> list[torch.Tensor]:
+        sim.model.settle()
+        return grids()
+
+    before = grids()
+    found = fxquant.reestimate_batch_norm(sim.program, [3.0 * one for one in batches("residual")], progress=False)
+    after = grids()
+    assert all(map(torch.equal, after, settled())) and not all(map(torch.equal, after, before))
+    found.undo()
+    assert all(map(torch.equal, grids(), before))
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_fewer_than_one_batch_is_refused(count: int) -> None:
+    sim = prepared(Recipe("linear"))
+    with pytest.raises(CalibrationError, match=f"max_batches; expected 1 or more; got {count}"):
+        fxquant.reestimate_batch_norm(sim.program, batches("linear"), max_batches=count, progress=False)
+
+
 def refused(sim: QuantSim, data: list[torch.Tensor], message: str) -> None:
     """It raises, and all is as before."""
     optimizer = torch.optim.SGD(sim.model.parameters(), lr=0.1)

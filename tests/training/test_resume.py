@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -61,14 +68,20 @@ def same(one: TrainingResult, other: TrainingResult) -> bool:
     return first == second
 
 
+@cache
+def unbroken_run(training: str = "static", seed: int = 0) -> tuple[QuantSim, TrainingResult]:
+    """A run that was never stopped, to look at."""
+    sim = calibrated(training)
+    return sim, run(sim, None, seed=seed)
+
+
 # --- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epochs_done", [0, 1, 2, 3])
 @pytest.mark.parametrize("training", TRAININGS)
 def test_resumed_run_ends_where_an_unbroken_one_does(training: str, epochs_done: int, tmp_path: Path) -> None:
-    unbroken = calibrated(training)
-    expected = run(unbroken, None)
+    unbroken, expected = unbroken_run(training)
     with pytest.raises(Killed):
         run(calibrated(training), tmp_path, loss=killing(BATCHES * epochs_done + 2))
     torch.manual_seed(999)  # another process would have drawn other numbers by now
@@ -90,13 +103,12 @@ def test_best_of_a_resumed_run_is_that_of_an_unbroken_one(tmp_path: Path) -> Non
     assert best[0] == best[1]
 
 
-@settings(max_examples=5)
-@given(st.lists(st.integers(0, BATCHES + 1), min_size=1, max_size=4), st.sampled_from(TRAININGS), st.integers(0, 99))
+@settings(max_examples=3)
+@given(st.lists(st.integers(0, BATCHES + 1), min_size=1, max_size=3), st.sampled_from(TRAININGS), st.integers(0, 1))
 def test_run_killed_again_and_again_ends_where_an_unbroken_one_does(
     tmp_path_factory: pytest.TempPathFactory, kills: list[int], training: str, seed: int
 ) -> None:
-    folder, unbroken = tmp_path_factory.mktemp("runs"), calibrated(training)
-    run(unbroken, None, seed=seed)
+    folder, (unbroken, _) = tmp_path_factory.mktemp("runs"), unbroken_run(training, seed)
     for after in kills:
         with pytest.raises(Killed):
             run(calibrated(training), folder, loss=killing(after), resume=True, seed=seed)
@@ -106,14 +118,14 @@ def test_run_killed_again_and_again_ends_where_an_unbroken_one_does(
     assert differing(state(unbroken), state(sim)) == []
 
 
-@pytest.mark.parametrize("victim", ["best.onnx", "best.fxq", "history.json", "checkpoint.pt"])
-@pytest.mark.parametrize("epoch", [1, 3])
+@pytest.mark.parametrize(
+    ("victim", "epoch"),
+    [("best.onnx", 1), ("best.fxq", 3), ("history.json", 3), ("checkpoint.pt", 1)],
+)
 def test_run_killed_while_it_writes_ends_where_an_unbroken_one_does(
     victim: str, epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unbroken = calibrated()
-    run(unbroken, None)
-    place, count = files._Whole.place, 0
+    (unbroken, _), place, count = unbroken_run(), files._Whole.place, 0
 
     def dies(self: Any) -> None:
         nonlocal count
@@ -155,8 +167,7 @@ def test_killed_process_resumes(tmp_path: Path) -> None:
     child = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], env=environment, capture_output=True)
     assert child.returncode == -signal.SIGKILL, child.stderr.decode()
     assert len(load_checkpoint(tmp_path / "checkpoint.pt").history) == 2
-    unbroken, sim = calibrated("lsq+"), calibrated("lsq+")
-    run(unbroken, None)
+    (unbroken, _), sim = unbroken_run("lsq+"), calibrated("lsq+")
     run(sim, tmp_path, resume=True)
     assert differing(state(unbroken), state(sim)) == []
 
@@ -276,18 +287,131 @@ def test_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(content)
     text = refused(tmp_path)
-    assert text.startswith(f"checkpoint cannot be read ({path})") and "copied whole?" in text
+    assert text.startswith(f"checkpoint cannot be read ({path}); expected fxquant training checkpoint, version 1; got ")
+    assert "copied whole?" in text
 
 
 def test_file_of_other_tensors_is_refused(tmp_path: Path) -> None:
     torch.save({"format": "something"}, tmp_path / "checkpoint.pt")
-    assert "no checkpoint" in refused(tmp_path) and "fxquant training checkpoint, version 1" in refused(tmp_path)
+    assert "expected fxquant training checkpoint, version 1; got PK" in refused(tmp_path)
 
 
-def test_damaged_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
-    data = bytearray((finished / "checkpoint.pt").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2])
-    assert "checkpoint cannot be read" in refused(tmp_path)
+@pytest.mark.parametrize("damage", ["cut", "bit", "zeros"])
+def test_damaged_checkpoint_is_refused_wherever_the_damage_is(damage: str, finished: Path, tmp_path: Path) -> None:
+    whole, chance, path = (finished / "checkpoint.pt").read_bytes(), random.Random(0), tmp_path / "checkpoint.pt"
+    for _ in range(50):
+        data, at = bytearray(whole), chance.randrange(len(whole))
+        if damage == "cut":
+            del data[at:]
+        elif damage == "bit":
+            data[at] ^= 1 << chance.randrange(8)
+        else:
+            data[at : at + 64] = bytes(range(64))
+        path.write_bytes(data)
+        with pytest.raises(StorageError, match="checkpoint cannot be read") as caught:
+            load_checkpoint(path)
+        assert str(path) in str(caught.value) and "copied whole?" in str(caught.value)
+
+
+def rewritten(source: Path, target: Path, **changes: Any) -> Path:
+    """A checkpoint with other contents (None takes one away) whose digest is right."""
+    head, _, payload = source.read_bytes().partition(b"\n")
+    content = torch.load(io.BytesIO(payload), weights_only=True) | changes
+    file = io.BytesIO()
+    torch.save({key: value for key, value in content.items() if value is not None}, file)
+    digest = hashlib.sha256(file.getvalue()).hexdigest()
+    target.write_bytes(head[:-64] + digest.encode() + b"\n" + file.getvalue())
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        *(({name: None}, f"KeyError: '{name}'") for name in ("program", "simulate", "optimizer", "recipe", "history")),
+        ({"history": [{}]}, "KeyError: 'learning_rates'"),
+        ({"recipe": {}}, "KeyError: 'pipeline'"),
+        ({"optimizer": {"kind": 1}}, "TypeError: "),
+        ({"simulate": "foo"}, "FxquantError: program.simulate; expected "),
+        ({"program": 3}, "AttributeError: "),
+    ],
+)
+def test_checkpoint_of_other_content_is_refused(
+    finished: Path, tmp_path: Path, changes: dict[str, Any], got: str
+) -> None:
+    path = tmp_path / "checkpoint.pt"
+    assert len(load_checkpoint(rewritten(finished / "checkpoint.pt", path)).history) == 1
+    rewritten(finished / "checkpoint.pt", path, **changes)
+    head = f"checkpoint cannot be read ({path}); expected what train_qat writes; got {got}"
+    assert refused(tmp_path).startswith(head)
+
+
+def test_program_in_a_checkpoint_that_is_none_is_named_by_the_checkpoints_path(finished: Path, tmp_path: Path) -> None:
+    path = rewritten(finished / "checkpoint.pt", tmp_path / "checkpoint.pt", program=torch.zeros(3, dtype=torch.uint8))
+    assert refused(tmp_path).startswith(f"program cannot be read ({path})")
+
+
+@pytest.mark.parametrize("trouble", ["missing", "full"])
+def test_temporary_folder_that_cannot_be_written_to_is_said(
+    trouble: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    place = tmp_path / "nowhere" if trouble == "missing" else tmp_path
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    if trouble == "full":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    got = "No such file or directory" if trouble == "missing" else "No space left on device"
+    with pytest.raises(StorageError) as caught:
+        load_checkpoint(finished / "checkpoint.pt")
+    assert str(caught.value) == (
+        f"temporary folder cannot be written to ({place}); got {got}. "
+        "Free some space there, or set TMPDIR to another folder."
+    )
+
+
+def test_files_agree_when_the_checkpoint_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = files._Whole.place
+
+    def full(self: Any) -> None:
+        if self.target.name == "checkpoint.pt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        place(self)
+
+    run(calibrated(), tmp_path, schedule=replace(SHORT, epochs=1), evaluate=accuracy)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(files._Whole, "place", full)
+        with pytest.raises(StorageError, match="No space left"):
+            run(calibrated(), tmp_path, evaluate=lambda model: 1.0, resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before and len(before) == 4
+
+
+# --- numbers of numpy ------------------------------------------------------------------------------------------------
+
+
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=np.float64(0.9))
+
+
+def test_run_with_numbers_of_numpy_resumes(tmp_path: Path) -> None:
+    rates: Any = {"learning_rate": np.float64(1e-2), "range_learning_rate": np.float64(1e-3)}
+    schedule = replace(SHORT, learning_rate_divisor=np.float64(10), **rates)
+    arguments: dict[str, Any] = {"seed": np.int64(3), "optimizer": sgd}
+    unbroken, sim = calibrated("lsq+"), calibrated("lsq+")
+    run(unbroken, None, schedule=schedule, **arguments)
+    run(calibrated("lsq+"), tmp_path, schedule=replace(schedule, epochs=2), **arguments)
+    assert len(run(sim, tmp_path, schedule=schedule, resume=True, **arguments).history) == 4
+    assert differing(state(unbroken), state(sim)) == []
+
+
+@pytest.mark.parametrize("held", [np.datetime64(3, "D"), Mode.FAKE, 1 << 70, np.ones(2)])
+def test_optimizer_state_that_is_not_plain_is_refused_by_its_place(held: Any, tmp_path: Path) -> None:
+    def optimizer(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{**group, "mine": {"deep": [held]}} for group in groups])
+
+    text = refused(tmp_path, optimizer=optimizer, resume=False)
+    assert text.startswith("optimizer SGD cannot be saved (state_dict()['param_groups'][0]['mine']['deep'][0]); ")
 
 
 def test_optimizer_whose_state_no_file_can_hold_is_refused_before_anything_is_replaced(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxquant.errors import ConfigError, PassError
+from fxquant.errors import ConfigError, FxquantError, PassError
 from fxquant.graph.pipeline import load_pipeline, packaged_pipelines, parse_pipeline
 from fxquant.graph.program import NoteKind
 from fxquant.numerics.fake_quant import Mode
@@ -81,6 +82,9 @@ def test_learning_rate_is_divided_every_few_epochs() -> None:
             {"learning_rate_divisor": 0.1},
             "Schedule.learning_rate_divisor; expected a number of at least 1; got 0.1. It",
         ),
+        ({"learning_rate": 10**400}, "Schedule.learning_rate; expected a positive number; got 1000000"),
+        ({"learning_rate_divisor": 10**400}, "Schedule.learning_rate_divisor; expected a number of at least 1; got 10"),
+        ({"epochs": 10**5000}, "expected a number of epochs, at most 2^63 - 1; got an integer of thousands of digits."),
         ({"learning_rate_divisor": "10"}, "Schedule.learning_rate_divisor; expected a number of at least 1; got '10'."),
     ],
 )
@@ -88,6 +92,25 @@ def test_schedule_that_makes_no_sense_is_refused_with_a_remedy(values: dict[str,
     with pytest.raises(ConfigError) as caught:
         Schedule(**values)
     assert text in str(caught.value)
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    given: Any = {
+        "epochs": np.int64(4),
+        "learning_rate": np.float64(0.1),
+        "range_learning_rate": np.float32(0.5),
+        "learning_rate_divisor": 10,
+        "divide_every": np.uint8(2),
+    }
+    found = Schedule(**given)
+    assert {name: type(getattr(found, name)) for name in given} == {
+        "epochs": int,
+        "learning_rate": float,
+        "range_learning_rate": float,
+        "learning_rate_divisor": float,
+        "divide_every": int,
+    }
+    assert all(getattr(found, name) == value for name, value in given.items())
 
 
 # --- TOML ------------------------------------------------------------------------------------------------------------
@@ -123,6 +146,14 @@ def test_table_says_never_where_python_says_none() -> None:
         ),
         ('[training]\nepochs = "never"', "wrong type (mine.toml: training.epochs); expected an integer"),
         ("[training]\nepochs = 0", "Schedule.epochs (mine.toml: training); expected a number of epochs, 1 or more"),
+        (
+            f"[training]\nlearning_rate = {'1' * 400}",
+            "number too large (mine.toml: training.learning_rate); expected one of 64 bits; got 11111",
+        ),
+        (
+            f"[training]\nlearning_rate_divisor = {'1' * 400}",
+            "number too large (mine.toml: training.learning_rate_divisor); expected one of 64 bits; got 11111",
+        ),
         ("[[training]]\nepochs = 3", "key 'training' (mine.toml: training); expected a [training] table; got list"),
     ],
 )
@@ -132,11 +163,11 @@ def test_table_that_says_something_else_is_refused_by_file_and_key(table: str, t
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize("preset", [name for name in packaged_pipelines() if name.endswith(("_qat", "_lsq"))])
+@pytest.mark.parametrize("preset", [name for name in packaged_pipelines() if "_qat" in name or "_lsq" in name])
 def test_training_presets_spell_their_schedule_out(preset: str) -> None:
     schedule = load_pipeline(preset).schedule
     assert (schedule.epochs, schedule.learning_rate, schedule.freeze_batch_norm_after) == (15, 1e-5, 3)
-    assert schedule.freeze_encodings_after == (None if preset.endswith("_lsq") else 4)
+    assert schedule.freeze_encodings_after == (None if "_lsq" in preset else 4)
 
 
 # --- step_epoch ------------------------------------------------------------------------------------------------------
@@ -238,6 +269,16 @@ def test_runner_serves_a_loop_without_quant_sim() -> None:
     assert said == [(), ("batch norm statistics frozen",), ("encodings frozen",)] and runner.epoch == 3
     late = ScheduleRunner(calibrated().program, sim.pipeline, Schedule(freeze_batch_norm_after=8), epoch=7)
     assert late.step() == ("batch norm statistics frozen",)
+
+
+@pytest.mark.parametrize("wrong", [3, "adam", torch.nn.Linear(2, 2)], ids=["int", "str", "module"])
+def test_what_is_no_optimizer_is_refused_also_where_nothing_is_divided(wrong: Any) -> None:
+    sim = calibrated()
+    with pytest.raises(FxquantError) as raised:
+        sim.step_epoch(wrong)
+    error = raised.value
+    assert error.thing == "step_epoch" and error.expected and error.remedy and type(wrong).__name__ in error.got
+    assert sim.epoch == 0
 
 
 def test_learning_rate_that_groups_share_as_a_tensor_is_divided_once() -> None:

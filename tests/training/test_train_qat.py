@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fxquant.parity.lowered_model import LoweredModel
 from fxquant.schedule import Schedule
 from fxquant.sim import QuantSim, write_pair
 from fxquant.train import train_qat
+from fxquant.training.distributed import _reach_idle_parameters
 from fxquant.training.history import EpochRecord
 from fxquant.training.parameter_groups import parameter_groups
 from fxquant.training.seeding import seed_epoch
@@ -150,6 +151,43 @@ def test_loader_with_a_generator_of_its_own_shuffles_by_seed_and_epoch() -> None
     assert orders[0] == orders[1] != torch.cat([batch for (batch,) in loaders[0]]).tolist()
 
 
+def test_loss_that_draws_from_any_generator_draws_by_seed_and_epoch() -> None:
+    draws: list[list[float]] = []
+
+    def drawing(model: nn.Module, batch: Sample) -> torch.Tensor:
+        draws.append([random.random(), float(np.random.rand()), float(torch.rand(()))])
+        return loss(model, batch)
+
+    for _ in range(2):
+        train_qat(calibrated(), samples(), drawing, schedule=replace(ONE, epochs=2), seed=5)
+    first, second = draws[: 2 * BATCHES], draws[2 * BATCHES :]
+    assert first == second
+    assert all(a != b for a, b in zip(first[0], first[BATCHES], strict=True))
+
+
+def test_batch_sampler_with_a_generator_of_its_own_draws_by_seed_and_epoch() -> None:
+    class Pairs(torch.utils.data.Sampler[list[int]]):
+        generator = torch.Generator()
+
+        def __iter__(self) -> Iterator[list[int]]:
+            yield from torch.randperm(12, generator=self.generator).view(-1, 2).tolist()
+
+    rows = torch.utils.data.TensorDataset(torch.arange(12))
+    loader = torch.utils.data.DataLoader(rows, batch_sampler=Pairs())
+    orders = []
+    for epoch in (7, 7, 8):
+        seed_epoch(4, epoch, loader)
+        orders.append(torch.cat([batch for (batch,) in loader]).tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+def test_synchronised_program_is_refused() -> None:
+    sim = calibrated()
+    sim.model.register_forward_hook(_reach_idle_parameters)
+    with pytest.raises(CalibrationError, match="expected a program of one process; .*DistributedDataParallel"):
+        train_qat(sim, samples(), loss)
+
+
 def test_distributed_sampler_is_told_the_epoch() -> None:
     rows = torch.utils.data.TensorDataset(torch.arange(12))
     sampler: Any = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=0)
@@ -272,7 +310,12 @@ def test_arguments_that_contradict_or_say_nothing_are_refused(tmp_path: Path) ->
         "train_qat; expected resume or overwrite; got both. Choose one of them."
     )
     assert refused(ConfigError, resume=True) == "train_qat: resume=True; expected folder=; got none"
-    assert refused(ConfigError, seed=-1) == "train_qat: seed; expected 0 or more; got -1"
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, "3", 2**64])
+def test_seed_that_is_none_is_refused(seed: Any) -> None:
+    text = refused(ConfigError, seed=seed)
+    assert text == f"train_qat: seed; expected an integer from 0 to 2^64 - 1; got {seed!r}"
 
 
 def test_score_that_is_not_finite_is_refused() -> None:
