@@ -165,7 +165,7 @@ def measure(kind: str, net: nn.Module, options: Options) -> list[Row]:
             job = Job(KINDS[kind], options, way, folder)
             torch.save(net.state_dict(), job.start)
             count = options.processes if way in (TOGETHER, APART) else 1
-            multiprocessing.spawn(work, (job, count), nprocs=count)  # type: ignore[attr-defined]
+            multiprocessing.spawn(work, (job, count), nprocs=count)  # type: ignore[attr-defined, no-untyped-call]
             found[way] = [torch.load(job.result(rank), weights_only=False) for rank in range(count)]
     return [compare(kind, way, outcomes, found[ONE][0]) for way, outcomes in found.items()]
 
