@@ -30,9 +30,9 @@ class Schedule:
         learning_rate_divisor: what learning rates are divided by.
         divide_every: after how many epochs they are, again and again (AIMET's guide: 5 to 10); None is never.
         freeze_batch_norm_after: after how many epochs batch norm uses its running statistics in training, too
-            (torchvision's reference training: 3); None is never.
-        freeze_encodings_after: after how many epochs no grid moves any more, learned ones included (torchvision's
-            reference training: 4); None is never.
+            (PyTorch's recipe: about 3); None is never.
+        freeze_encodings_after: after how many epochs no grid moves any more, learned ones included (PyTorch's
+            recipe: about 4); None is never.
 
     Numbers of numpy become plain ones. To freeze before the first epoch, call `sim.freeze_batch_norm()` or
     `sim.freeze_encodings()`. Raises ConfigError.

@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
-from fxquant.numerics.straight_through import is_plain_cpu
+from fxquant.numerics.straight_through import is_plain_cpu, open_interval
 
 aten = torch.ops.aten
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -34,11 +33,6 @@ def learned_fake_quantize(
     """
     out = _learned_fake_quantize(x.to(torch.float32), scale, zero_point, qmin, qmax)
     return out.to(x.dtype)
-
-
-def straight_through_bounds(low: float, high: float) -> tuple[float, float]:
-    """The open interval of float32 numbers that round (half to even) to one of the whole numbers low, ..., high."""
-    return _below_rounding_to(low), _above_rounding_to(high)
 
 
 def grid_gradients(
@@ -91,7 +85,7 @@ def _of_one_grid(
     starts = range(0, max(x.numel(), 1), _PART)
     lines = [one.as_strided((x.numel(),), (1,)) for one in (grad, x, by_x)]
     spare = x.new_empty(2, min(x.numel(), _PART))
-    passes = straight_through_bounds(*bounds)
+    passes = open_interval(1.0, *bounds)
     slopes, stopped = [], []
     for g, part, passed in zip(*([line[start : start + _PART] for start in starts] for line in lines), strict=True):
         units, codes = spare[0, : len(part)], spare[1, : len(part)]
@@ -120,21 +114,6 @@ def _as_numbers(x: torch.Tensor, zero_point: torch.Tensor, qmin: int, qmax: int)
         return None
     zero = float(zero_point.detach())
     return qmin - zero, qmax - zero
-
-
-def _below_rounding_to(code: float) -> float:
-    """The largest float32 that rounds to less than `code`: a tie belongs to the even neighbour."""
-    return code - 0.5 if code % 2 else next_float32(code - 0.5, -np.inf)
-
-
-def _above_rounding_to(code: float) -> float:
-    """The smallest float32 that rounds to more than `code`."""
-    return code + 0.5 if code % 2 else next_float32(code + 0.5, np.inf)
-
-
-def next_float32(value: float, towards: float) -> float:
-    """The neighbour of the nearest float32 in that direction."""
-    return float(np.nextafter(np.float32(value), np.float32(towards)))
 
 
 class _LearnedFakeQuantize(torch.autograd.Function):

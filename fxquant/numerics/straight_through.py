@@ -137,6 +137,11 @@ def _first_above(scale: float, code: float) -> float:
     return float(x)
 
 
+def next_float32(value: float, towards: float) -> float:
+    """The neighbour of the nearest float32 in that direction."""
+    return float(np.nextafter(np.float32(value), np.float32(towards)))
+
+
 def pass_straight(grad: torch.Tensor, inside: torch.Tensor | None) -> torch.Tensor:
     """`grad` where `inside` (None: everywhere), and 0 elsewhere."""
     if inside is None:

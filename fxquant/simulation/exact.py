@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.kernels.requantize import product_multiplier
-from fxquant.numerics.learned_rounding import next_float32, straight_through_bounds
 from fxquant.numerics.rounding import lowest_for_nan
+from fxquant.numerics.straight_through import next_float32, open_interval
 from fxquant.ops.activation import activation_bounds
 from fxquant.ops.kernels import GeneralKernel, PairKernel, ProductKernel, UnaryKernel
 from fxquant.simulation.accumulate import Accumulator, Strategy
@@ -120,7 +120,7 @@ def gradient_bounds(activations: tuple[fx.Node, ...], out: Grid) -> tuple[float,
     The quantizer passes where rint(y / s) is on the grid; relu where y > 0, hardtanh strictly inside its bounds, clamp
     at its bounds too.
     """
-    passes = straight_through_bounds(*out.bounds)
+    passes = open_interval(1.0, *out.bounds)
     for node in activations:
         steps = _activation_steps((node,), out)
         if node.target not in _OPEN:

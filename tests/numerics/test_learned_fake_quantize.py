@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxquant.numerics.learned_rounding import grid_gradients, learned_fake_quantize, straight_through_bounds
+from fxquant.numerics.learned_rounding import grid_gradients, learned_fake_quantize
 from fxquant.numerics.rounding import along_axis, fake_quantize
+from fxquant.numerics.straight_through import open_interval
 from fxquant.spec import PER_TENSOR, Granularity, QuantSpec
 
 
@@ -155,8 +156,8 @@ def test_one_grid_s_sums_are_exact_to_float32_over_a_million_elements() -> None:
 
 @pytest.mark.parametrize("low", [-128.0, -127.0, 0.0])
 @pytest.mark.parametrize("high", [0.0, 1.0, 127.0, 255.0])
-def test_straight_through_bounds_are_what_rounds_inside(low: float, high: float) -> None:
-    below, above = straight_through_bounds(low, high)
+def test_open_interval_of_whole_steps_is_what_rounds_inside(low: float, high: float) -> None:
+    below, above = open_interval(1.0, low, high)
     ends = torch.tensor([below, above])
     within = torch.nextafter(ends, torch.tensor([1e9, -1e9]))
     assert bool((ends.round() < low)[0]) and bool((ends.round() > high)[1])
