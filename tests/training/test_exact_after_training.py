@@ -15,6 +15,7 @@ from tests.training.exactness import (
     HELD_BACK,
     RANGES,
     TRAINED,
+    Difference,
     Recipe,
     compare,
     prepared,
@@ -77,6 +78,12 @@ def test_cover_has_every_pair_of_ranges_and_batch_norm_and_of_batch_norm_and_bit
     assert {recipe.net for recipe in recipes} == set(NETS)
     assert {(r.batch_norm, r.bits) for r in recipes} == {(norm, bits) for norm in BATCH_NORMS for bits in BITS}
     assert {(r.ranges, r.batch_norm) for r in recipes} == {(one, norm) for one in RANGES for norm in BATCH_NORMS}
+
+
+def test_float_islands_excuse_exact_alone() -> None:
+    counts = {"exact: mean_fq": 2, "integer: fc_fq": 3}
+    assert Difference(100, counts).broken == 5
+    assert Difference(100, counts, islands=("mean",)).broken == 3
 
 
 @pytest.mark.parametrize("fault", ["scale", "weight"])
