@@ -12,7 +12,15 @@ ROOT = Path(__file__).parent.parent
 
 # Lower layers first; modules of one row may import each other.
 LAYERS = (
-    ("fxquant.errors", "fxquant.files", "fxquant.limits", "fxquant.progress", "fxquant.schedule", "fxquant.spec"),
+    (
+        "fxquant.errors",
+        "fxquant.files",
+        "fxquant.limits",
+        "fxquant.progress",
+        "fxquant.range_methods",
+        "fxquant.schedule",
+        "fxquant.spec",
+    ),
     ("fxquant.numerics",),
     ("fxquant.ops",),
     ("fxquant.graph",),
