@@ -9,6 +9,7 @@ from fxquant.capture import capture
 from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
 from fxquant.errors import FxquantError
 from fxquant.graph.manager import PassManager
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.storage import load_program
@@ -35,6 +36,7 @@ __all__ = [
     "Limits",
     "LoadedEncodings",
     "ParityReport",
+    "PassData",
     "PassManager",
     "Pipeline",
     "Program",

@@ -14,12 +14,14 @@ from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
 from fxquant.encodings.save import require_version
+from fxquant.evaluation import lowered
 from fxquant.files import made_folder, make_folder, replacement, together, written
 from fxquant.graph.batches import Batch
 from fxquant.graph.manager import PassManager
 from fxquant.graph.module import ProgramModule
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.graph.program import FAKE_QUANTS, Program
+from fxquant.graph.trace import PassTrace
 from fxquant.lowering.clean import export_clean
 from fxquant.lowering.export import export_onnx
 from fxquant.lowering.lower import check_opset
@@ -38,6 +40,7 @@ class QuantSim:
         config: name of a packaged pipeline, a path (.toml, or AIMET's .json), or a Pipeline.
         activation, weight: what to change of the config's specs of activations and weights, wherever it has them.
         schedule: of training; None for the config's.
+        batches: for prepare passes that measure (smooth-quant); others need none.
 
     `schedule` says what `step_epoch` does; `epoch` counts the epochs done.
     """
@@ -51,11 +54,12 @@ class QuantSim:
         activation: SpecOverride | None = None,
         weight: SpecOverride | None = None,
         schedule: Schedule | None = None,
+        batches: Iterable[Batch] | None = None,
     ) -> None:
         pipeline = config if isinstance(config, Pipeline) else load_pipeline(config)
         self.pipeline = pipeline.override(activation, weight)
         self.program: Program = capture(model, example_inputs)
-        self.trace = self.pipeline.prepare(self.program)
+        self.trace = self.pipeline.prepare(self.program, batches=batches)
         self.schedule = self.pipeline.schedule if schedule is None else schedule
         self.epoch = 0
 
@@ -76,6 +80,16 @@ class QuantSim:
         calibrate(
             self.program, batches, max_batches=max_batches, through_quantizers=through_quantizers, progress=progress
         )
+
+    def optimize(
+        self,
+        batches: Iterable[Batch],
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> PassTrace:
+        """Run the config's post-training algorithms, if it has any, on the calibrated program (Pipeline.optimize)."""
+        return self.pipeline.optimize(self.program, batches, folder=folder, progress=progress)
 
     def freeze_batch_norm(self) -> None:
         """Use running statistics from now on, in training mode too."""
@@ -99,10 +113,7 @@ class QuantSim:
 
     def snapshot(self) -> Program:
         """A finalized copy in eval mode, ready for export, at any time: training goes on as if nothing had happened."""
-        twin = self.program.copy()
-        twin.module.eval()
-        self.pipeline.finalize(twin)
-        return twin
+        return lowered(self.program, self.pipeline)
 
     def load_encodings(
         self, path: str | os.PathLike[str], *, strict: bool = True, freeze: bool = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -18,11 +17,11 @@ from typing import Any, Literal
 
 import torch
 
-from fxquant.errors import CalibrationError, ConfigError, FxquantError, StorageError, nearest
+from fxquant.errors import CalibrationError, ConfigError, FxquantError, StorageError
+from fxquant.evaluation import Evaluate, require_evaluated_on, score_of
 from fxquant.files import make_folder, remove, replacement, together, write_text, written
 from fxquant.graph.program import Program, Stage
 from fxquant.lowering.export import export_onnx
-from fxquant.parity.lowered_model import LoweredModel
 from fxquant.progress import track
 from fxquant.schedule import Schedule
 from fxquant.sim import QuantSim, pair_names
@@ -44,7 +43,6 @@ from fxquant.training.seeding import plain_seed, seed_epoch
 
 Batches = Iterable[Any] | Callable[[int], Iterable[Any]]
 Loss = Callable[[torch.nn.Module, Any], torch.Tensor]
-Evaluate = Callable[[Callable[..., Any]], float]
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 EVALUATED_ON = ("onnxruntime", "exact")
 
@@ -125,8 +123,7 @@ def _check_arguments(batches: Batches, evaluate_on: str, resume: bool, overwrite
             got=f"an iterator ({type(batches).__name__}), which is used up after one",
             remedy="Give the loader itself, a list, or lambda epoch: batches_of(epoch).",
         )
-    if evaluate_on not in EVALUATED_ON:
-        raise ConfigError(f"train_qat: evaluate_on='{evaluate_on}'", remedy=nearest(evaluate_on, EVALUATED_ON))
+    require_evaluated_on(evaluate_on, "train_qat", EVALUATED_ON)
     if resume and overwrite:
         raise ConfigError("train_qat", expected="resume or overwrite", got="both", remedy="Choose one of them.")
 
@@ -210,7 +207,7 @@ class _Run:
     batches: Batches
     loss: Loss
     evaluate: Evaluate | None
-    evaluate_on: str
+    evaluate_on: Literal["onnxruntime", "exact"]
     seed: int
     progress: bool
 
@@ -283,24 +280,7 @@ class _Run:
 
     def _score(self, program: Program) -> float:
         assert self.evaluate is not None
-        program.module.eval()
-        if self.evaluate_on == "exact":
-            program.simulate = "exact"
-            with torch.no_grad():
-                score = float(self.evaluate(program.module))
-        else:
-            with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
-                path = Path(folder) / "model.onnx"
-                export_onnx(program, path)
-                score = float(self.evaluate(LoweredModel(program, path)))
-        if not math.isfinite(score):
-            raise FxquantError(
-                f"train_qat: score after epoch {self.sim.epoch}",
-                expected="a finite number",
-                got=str(score),
-                remedy="Does `evaluate` divide by the number of its samples, and are there any?",
-            )
-        return score
+        return score_of(program, self.evaluate, self.evaluate_on, f"train_qat: score after epoch {self.sim.epoch}")
 
 
 def _packages(program: Program) -> list[str]:

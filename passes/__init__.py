@@ -22,6 +22,7 @@ from .freeze_observers import FreezeObservers
 from .insert_fake_quant import InsertFakeQuant
 from .narrow_first_weights import NarrowFirstWeights
 from .quantize_bias import QuantizeBias
+from .recalibrate import Recalibrate
 from .remove_identity import RemoveIdentity
 from .select_per_block import SelectPerBlock
 from .select_per_channel import SelectPerChannel
@@ -48,6 +49,7 @@ _PASSES: tuple[type[Pass], ...] = (
     InsertFakeQuant,
     NarrowFirstWeights,
     QuantizeBias,
+    Recalibrate,
     RemoveIdentity,
     SelectPerBlock,
     SelectPerChannel,

@@ -16,7 +16,7 @@ from fxquant.graph.rewriter import Rewriter
 
 from .channelwise import Affine, fold_before, fold_behind
 from .layers import RESHAPES, Layer, as_layer, layer_ahead, user_list
-from .norms import BatchNorm, affine_of, batch_norm_owner, is_batch_norm, is_training
+from .norms import BatchNorm, affine_of, batch_norm_owner, is_batch_norm, is_training, output_statistics
 
 _SHAPE_READERS = (torch.ops.aten.reshape_as.default, torch.ops.aten.view_as.default, torch.ops.aten.expand_as.default)
 
@@ -31,7 +31,8 @@ class FoldBatchNorm(Pass):
        Poolings and a flattening may stand between: they commute with a * x + d (max pooling where a >= 0).
     4. Alike for affine=False, and for a batch norm that freeze-batch-norm made a function.
 
-    A layer without a bias gets one beside its weight; the batch norm's module goes once nothing calls or reads it.
+    A layer without a bias gets one beside its weight. What the batch norm of cases 1 and 2 says of its output, mean and
+    deviation, stays with the layer (fxquant.graph.statistics); its module goes once nothing calls or reads it.
     Declines, with the reason: the layer has other users; its weight or bias is used twice, tied or computed; the batch
     norm keeps no running statistics, or some that are not finite; both its neighbours are something else; the folded
     weight overflows its dtype. Refuses a batch norm in training mode. Contract: PRESERVES.
@@ -78,7 +79,13 @@ class Folder:
     def fold_backward(self, norm: fx.Node, affine: Affine) -> str | None:
         """Cases 1 and 2; the reason if it cannot be done."""
         layer = layer_before(norm)
-        return layer if isinstance(layer, str) else self._fold(norm, layer, affine, forward=False)
+        if isinstance(layer, str):
+            return layer
+        known = output_statistics(self.program, norm, affine)
+        reason = self._fold(norm, layer, affine, forward=False)
+        if reason is None:
+            self.rewriter.set_statistics(layer.node, known)
+        return reason
 
     def fold_forward(self, norm: fx.Node, affine: Affine) -> str | None:
         """Case 3; the reason if it cannot be done."""

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxquant.graph.program import Program
 from fxquant.graph.rewriter import Rewriter
+from fxquant.graph.statistics import ChannelStatistics
 from fxquant.numerics.live_batch_norm import LiveBatchNorm
 
 from .channelwise import Affine, batch_norm_affine
@@ -80,6 +81,19 @@ def affine_of(program: Program, norm: fx.Node) -> Affine | str:
     affine = batch_norm_affine(gamma, beta, mean, var, batch_norm_eps(program, norm))
     finite = bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all())
     return affine if finite else "its statistics or parameters are not finite"
+
+
+def output_statistics(program: Program, norm: fx.Node, affine: Affine) -> ChannelStatistics:
+    """Mean and deviation of what a batch norm gives, which maps each channel by `affine`, on batches like those that
+    its running statistics average: beta, and |gamma| sqrt(var / (var + eps)).
+    """
+    if norm.op == "call_function":
+        mean, var = (program.tensor(node) for node in norm.args[3:5] if isinstance(node, fx.Node))
+    else:
+        module: Any = program.submodule(norm)
+        mean, var = module.running_mean, module.running_var
+    shift = affine.scale * mean.detach().double() + affine.shift
+    return ChannelStatistics.of(shift, affine.scale.abs() * var.detach().double().sqrt())
 
 
 def readers_by_tensor(program: Program) -> dict[int, fx.Node]:

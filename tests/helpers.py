@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxquant.graph.manager import PassManager
 from fxquant.graph.module import ProgramModule
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Program, Stage, ValueType
 from fxquant.graph.trace import PassEntry
@@ -220,9 +221,9 @@ def quantized_program() -> Program:
     return build.program(stage=Stage.CALIBRATED)
 
 
-def run_pass(item: Pass, program: Program, check_inputs: Any = None) -> PassEntry:
-    """Run one pass through the manager, with all its checks."""
-    (entry,) = PassManager([item]).run(program, check_inputs).entries
+def run_pass(item: Pass, program: Program, check_inputs: Any = None, data: PassData | None = None) -> PassEntry:
+    """Run one pass through the manager, with all its checks; `data` for one that measures."""
+    (entry,) = PassManager([item]).run(program, check_inputs, data=data).entries
     return entry
 
 

@@ -25,12 +25,13 @@ LAYERS = (
     ("fxquant.ops",),
     ("fxquant.graph",),
     ("fxquant.capture", "fxquant.calibration", "fxquant.placement"),
-    ("fxquant.training",),
+    ("fxquant.training", "fxquant.reconstruction"),
     ("fxquant.lowering",),
     ("fxquant.encodings", "fxquant.simulation"),
     ("fxquant.parity",),
-    ("fxquant.sim",),
-    ("fxquant.train", "fxquant.demo", "fxquant.cli", "fxquant.__main__", "fxquant"),
+    ("fxquant.evaluation", "fxquant.trials"),
+    ("fxquant.sim", "fxquant.analysis"),
+    ("fxquant.train", "fxquant.tuning", "fxquant.demo", "fxquant.cli", "fxquant.__main__", "fxquant"),
 )
 
 

@@ -130,11 +130,15 @@ def quantize(options: argparse.Namespace) -> int:
 
 def _quantized(pipeline: Pipeline, folder: Path, options: argparse.Namespace) -> Program:
     """The finalized program, whose files are written."""
-    batches = load_batches(options.data, options.batch_size)
-    first, batches = _peek(batches, options.data)
+    first, batches = _peek(load_batches(options.data, options.batch_size), options.data)
+    measures = any(item.needs_data for item in (*pipeline.prepare_passes, *pipeline.optimize_passes))
+    if measures:  # several passes over the same batches
+        batches = list(islice(batches, options.max_batches))
     program = capture(load_model(options.model), first)
-    print(pipeline.prepare(program))
+    print(pipeline.prepare(program, batches=batches if measures else None))
     calibrate(program, batches, max_batches=options.max_batches)
+    if len(pipeline.optimize_passes):
+        print(pipeline.optimize(program, batches if measures else None, folder=folder / "unfinished"))
     pipeline.finalize(program)
     write_files(program, folder, opset=options.opset, encodings_version=options.encodings)
     return program

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 from fxquant.cli.user_code import guarded, user_code
 from fxquant.errors import FxquantError
+from fxquant.evaluation import Evaluate
 from fxquant.graph.batches import Batch
 
 Model = torch.nn.Module | torch.export.ExportedProgram
@@ -126,6 +127,19 @@ def load_batches(name: str, batch_size: int) -> Iterable[Batch]:
     if not isinstance(batches, Iterable):
         raise FxquantError(f"data '{name}'", expected="an iterable of batches", got=type(batches).__name__)
     return guarded(batches, f"data '{name}'")
+
+
+def load_evaluate(name: str) -> Evaluate:
+    """What takes a callable like the model and gives a score, from "package.module:callable" or "file.py:callable"."""
+    found = resolve(name, "evaluate")
+    if not callable(found):
+        raise FxquantError(f"evaluate '{name}'", expected="a callable", got=type(found).__name__)
+
+    def evaluate(model: Callable[..., Any]) -> float:
+        with user_code(f"evaluate '{name}'"):
+            return float(found(model))
+
+    return evaluate
 
 
 class Batches:

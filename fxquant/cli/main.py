@@ -10,16 +10,11 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from fxquant.cli import commands
+from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, positive
 from fxquant.encodings import VERSIONS
 from fxquant.errors import FxquantError
 from fxquant.numerics.runtime import Level
 from fxquant.parity.simulation import SIMULATIONS
-
-MODEL_HELP = "package.module:callable, file.py:callable (an nn.Module, or what returns one), or an exported .pt2 file"
-DATA_HELP = (
-    "a .npy or .npz file (samples on axis 0; .npz keys are the model's keywords), a folder of them, "
-    "or a callable that gives batches"
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,23 +70,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-Subparsers = argparse._SubParsersAction  # argparse names no public type for what add_subparsers returns
-
-
-def _command(
-    subparsers: Subparsers[argparse.ArgumentParser], name: str, text: str, examples: str
-) -> argparse.ArgumentParser:
-    return subparsers.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "demo",
         "train a small net on handwritten digits, quantize it, run it in onnxruntime and compare",
@@ -102,11 +82,11 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         default="fxquant-demo",
         help="folder for model.onnx, graph.svg, passes/ and report.json (default: %(default)s)",
     )
-    parser.add_argument("--epochs", type=_positive, default=5, help="training epochs (default: %(default)s)")
+    parser.add_argument("--epochs", type=positive, default=5, help="training epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, split and order (default: %(default)s)")
     parser.add_argument(
         "--config",
-        type=_named,
+        type=named,
         default="int8_per_channel",
         help="pipeline: packaged name or path (default: %(default)s)",
     )
@@ -114,7 +94,7 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "show",
         "print a program's graph, or a model's captured and prepared graph; or what is quantized and why",
@@ -125,8 +105,8 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "  fxquant show model.py:make_net --data images.npy --config my_rules.toml --coverage",
     )
     parser.add_argument("program", help=f"a .fxq file, or a model: {MODEL_HELP}")
-    _add_data(parser, required=False)
-    parser.add_argument("--config", type=_named, help="prepare the model with this pipeline before printing")
+    add_data(parser, required=False)
+    parser.add_argument("--config", type=named, help="prepare the model with this pipeline before printing")
     parser.add_argument(
         "--passes", action="store_true", help="print what each prepare pass did and declined (needs --config)"
     )
@@ -142,7 +122,7 @@ def _add_show(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_diff(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "diff",
         "print the difference of two programs' graphs, or what one pass changed",
@@ -151,16 +131,16 @@ def _add_diff(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("before", help=f"a .fxq file, or a model: {MODEL_HELP}")
     parser.add_argument("after", nargs="?", help="a .fxq file")
-    _add_data(parser, required=False)
+    add_data(parser, required=False)
     parser.add_argument(
-        "--config", type=_named, default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)"
+        "--config", type=named, default="int8_per_channel", help="pipeline whose pass is shown (default: %(default)s)"
     )
     parser.add_argument("--pass", dest="pass_name", metavar="PASS", help="name of the pass; without it all of prepare")
     parser.set_defaults(run=commands.diff)
 
 
 def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "quantize",
         "capture, calibrate and lower a model to an integer ONNX model",
@@ -169,10 +149,10 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "  fxquant quantize net.pt2 --data mypackage.data:batches --config my_pipeline.toml --out out",
     )
     parser.add_argument("model", help=MODEL_HELP)
-    _add_data(parser, required=True)
+    add_data(parser, required=True)
     parser.add_argument(
         "--config",
-        type=_named,
+        type=named,
         default="int8_per_channel",
         help="pipeline: packaged name or path (default: %(default)s)",
     )
@@ -183,7 +163,7 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="folder for model.onnx and model.fxq, and for runtimes with a quantizer of their own model_float.onnx, "
         "model.encodings and model_state_dict.pth",
     )
-    parser.add_argument("--opset", type=_positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
+    parser.add_argument("--opset", type=positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
     parser.add_argument(
         "--encodings",
         default="1.0.0",
@@ -195,7 +175,7 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
-    parser = _command(
+    parser = add_command(
         subparsers,
         "parity",
         "run model.onnx in onnxruntime and compare its integers with the program's simulation",
@@ -211,7 +191,7 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         help="the program it was lowered from (default: the .fxq beside it)",
     )
     parser.add_argument("--program", metavar="FILE", help="the same")
-    _add_data(parser, required=True)
+    add_data(parser, required=True)
     parser.add_argument(
         "--simulation",
         default="exact",
@@ -226,7 +206,7 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         choices=tuple(level.value for level in Level),
         help="onnxruntime's graph optimisation (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=_positive, default=1, help="onnxruntime's threads (default: %(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="onnxruntime's threads (default: %(default)s)")
     parser.add_argument(
         "--tolerance",
         type=int,
@@ -236,27 +216,3 @@ def _add_parity(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="also write the report to FILE; '-' prints JSON alone")
     parser.set_defaults(run=commands.parity)
-
-
-def _add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    parser.add_argument("--data", required=required, help=DATA_HELP)
-    parser.add_argument(
-        "--batch-size", type=_positive, default=8, help="samples in a batch cut from files (default: %(default)s)"
-    )
-    parser.add_argument("--max-batches", type=_positive, help="use no more than so many batches")
-
-
-def _named(text: str) -> str:
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must be the name of a packaged pipeline or a path, is empty")
-    return text
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, is '{text}'") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, is {value}")
-    return value

@@ -23,6 +23,7 @@ from fxquant.graph.batches import Batch
 from fxquant.graph.checks import check_graph
 from fxquant.graph.numeric_check import TOLERANCE, OutputCheck
 from fxquant.graph.options import check_options
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.render import excerpt, render, render_header, render_node
@@ -74,7 +75,13 @@ class PassManager:
             stage = stage if item.leaves is None else item.leaves
         return stage
 
-    def run(self, program: Program, check_inputs: Batch | None = None, tolerance: float = TOLERANCE) -> PassTrace:
+    def run(
+        self,
+        program: Program,
+        check_inputs: Batch | None = None,
+        tolerance: float = TOLERANCE,
+        data: PassData | None = None,
+    ) -> PassTrace:
         """Run the passes on `program`, in place.
 
         Arguments:
@@ -83,10 +90,16 @@ class PassManager:
             check_inputs: arguments of the model (a tensor, a tuple, a dict of keywords); if given, the outputs before
                 and after each pass whose contract is PRESERVES are compared. Without them no contract is checked.
             tolerance: largest difference allowed there, as a fraction of the output's largest magnitude.
+            data: for passes that measure; the float program that they compare with is this one as it is now.
 
         Raises PassError, with the pass, the node and the printed graph, whatever a pass raised.
         """
-        run = _Run(program, OutputCheck(program, check_inputs, tolerance))
+        measuring = [item for item in self if item.needs_data]
+        if measuring and data is None:
+            raise _no_data(measuring[0])
+        if measuring and data is not None and program.stage >= Stage.INSERTED:
+            data = data.beginning_at(program)
+        run = _Run(program, OutputCheck(program, check_inputs, tolerance), data)
         for item in _with_late_progress(list(self)):
             run.step(item)
         return PassTrace(run.start, tuple(run.entries))
@@ -117,9 +130,10 @@ def _with_late_progress(passes: list[Pass]) -> Iterator[Pass]:
 class _Run:
     """One run of passes over one program."""
 
-    def __init__(self, program: Program, check: OutputCheck) -> None:
+    def __init__(self, program: Program, check: OutputCheck, data: PassData | None) -> None:
         self.program = program
         self.check = check
+        self.data = data
         self.snapshot = Snapshot.take(program)
         self.lines = {node.name: render_node(program, node) for node in program.graph.nodes}
         self.start = self.picture = self._picture()
@@ -128,7 +142,7 @@ class _Run:
     def step(self, item: Pass) -> None:
         """Run one pass, or leave the program as it was and raise PassError."""
         _check_stage(item, self.program)
-        rewriter = Rewriter(self.program, item.name)
+        rewriter = Rewriter(self.program, item.name, self.data)
         started = time.perf_counter()
         try:
             self._rewrite(item, rewriter)
@@ -256,6 +270,18 @@ def _check_stage(item: Pass, program: Program) -> None:
     )
     err.pass_name = item.name
     raise err
+
+
+def _no_data(item: Pass) -> PassError:
+    err = PassError(
+        f"pass '{item.name}' measures with batches",
+        expected="data",
+        got="none",
+        remedy="Give calibration batches: pipeline.optimize(program, batches) or pipeline.prepare(program, "
+        "batches=batches); of a PassManager, run(program, data=PassData(batches)).",
+    )
+    err.pass_name = item.name
+    return err
 
 
 def _stage_remedy(item: Pass, stage: Stage) -> str:

@@ -37,6 +37,11 @@ class Pass(ABC):
     leaves: ClassVar[Stage | None] = None  # the stage that the program is at afterwards; None: unchanged
     contract: ClassVar[Contract]
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether it measures with batches (`rewriter.data`): a run without them is refused before it begins."""
+        return False
+
     @abstractmethod
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Edit the program through `rewriter`."""

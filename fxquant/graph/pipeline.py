@@ -1,4 +1,5 @@
-"""Pipelines: TOML files that say which passes run before calibration or training, and which after it.
+"""Pipelines: TOML files that say which passes run before calibration or training, which right after calibration,
+and which after all of it.
 
 target = "onnxruntime-x64"                   # fxquant.spec.Target, by value
 catalogue = "fxquant.passes:CATALOG"         # a dict of pass classes by name; your own is as good as ours
@@ -6,6 +7,9 @@ catalogue = "fxquant.passes:CATALOG"         # a dict of pass classes by name; y
 [[prepare]]
 pass = "assign-specs"                        # every other key is an option: a field of the pass
 activation = { bits = 8, signed = false }
+
+[[optimize]]
+pass = "adaround"                            # post-training algorithms; those that measure are given batches
 
 [training]                                   # fxquant.Schedule; where it is left out, its defaults
 epochs = 15
@@ -24,7 +28,7 @@ import importlib
 import json
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -35,6 +39,7 @@ from fxquant.errors import ConfigError, PassError, nearest
 from fxquant.graph.batches import Batch
 from fxquant.graph.manager import PassManager
 from fxquant.graph.options import decode, decode_dataclass, encode
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.trace import PassTrace
@@ -45,11 +50,12 @@ from fxquant.spec import QuantSpec, SpecOverride, Target
 DEFAULT_CATALOGUE = "fxquant.passes:CATALOG"
 CONFIGS = "fxquant.configs"
 PLACEMENT_TEMPLATE = "aimet_default"
-_KEYS = ("target", "catalogue", "prepare", "training", "finalize")
+_KEYS = ("target", "catalogue", "prepare", "optimize", "training", "finalize")
+_NOTHING = PassManager([])
 
 
 class Pipeline:
-    """Two lists of passes, with the caller's calibration or training between them.
+    """Lists of passes, with the caller's calibration and training between them.
 
     Arguments:
         prepare: passes from the captured program to one that can be calibrated or trained.
@@ -57,7 +63,8 @@ class Pipeline:
         target: the runtime whose rules the passes obey.
         name: for messages.
         catalogue: where `to_toml` says that the passes come from.
-        schedule: of the training between the two, if there is any.
+        schedule: of the training before `finalize`, if there is any.
+        optimize: post-training algorithms that a calibrated program goes through, before training or `finalize`.
     """
 
     def __init__(
@@ -68,24 +75,51 @@ class Pipeline:
         name: str = "pipeline",
         catalogue: str = DEFAULT_CATALOGUE,
         schedule: Schedule = DEFAULT_SCHEDULE,
+        optimize: PassManager = _NOTHING,
     ) -> None:
         self.prepare_passes = prepare
+        self.optimize_passes = optimize
         self.finalize_passes = finalize
         self.target = target
         self.name = name
         self.catalogue = catalogue
         self.schedule = schedule
 
-    def prepare(self, program: Program, check_inputs: Batch | None = None) -> PassTrace:
-        """Set the program's target, then run the prepare passes on it, in place (see PassManager.run)."""
+    def prepare(
+        self, program: Program, check_inputs: Batch | None = None, batches: Iterable[Batch] | None = None
+    ) -> PassTrace:
+        """Set the program's target, then run the prepare passes on it, in place (see PassManager.run).
+
+        batches: for passes that measure (`needs_data`): calibration batches, iterated anew by each.
+        """
         before = program.target
         program.target = self.target
         try:
-            return self.prepare_passes.run(program, check_inputs)
+            data = None if batches is None else PassData(batches)
+            return self.prepare_passes.run(program, check_inputs, data=data)
         except PassError:
             if program.stage is Stage.CAPTURED:
                 program.target = before
             raise
+
+    def optimize(
+        self,
+        program: Program,
+        batches: Iterable[Batch] | None = None,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        progress: bool = True,
+    ) -> PassTrace:
+        """Run the pipeline's post-training algorithms, if it has any, on a calibrated program, in place.
+
+        Arguments:
+            batches: for those that measure; iterated anew by each, so a list or a DataLoader without shuffling. What
+                they compare with is the program in float as it is now.
+            folder: where they keep what they have finished: the same call goes on where it was killed.
+            progress: show progress bars when standard error is a terminal.
+        """
+        place = None if folder is None else Path(folder)
+        return self.optimize_passes.run(program, data=None if batches is None else PassData(batches, place, progress))
 
     def finalize(self, program: Program, check_inputs: Batch | None = None) -> PassTrace:
         """Run the finalize passes on a calibrated or trained program, in place."""
@@ -117,12 +151,30 @@ class Pipeline:
         for name in given:
             if not any(isinstance(getattr(item, name, None), QuantSpec) for item in passes):
                 raise ConfigError(f"pipeline '{self.name}' has no pass with a spec for '{name}'")
-        manager = PassManager(passes)
-        return Pipeline(manager, self.finalize_passes, self.target, self.name, self.catalogue, self.schedule)
+        return self.changed(prepare=passes)
 
     def with_schedule(self, schedule: Schedule) -> Pipeline:
         """This pipeline with another schedule of its training."""
-        return Pipeline(self.prepare_passes, self.finalize_passes, self.target, self.name, self.catalogue, schedule)
+        return self.changed(schedule=schedule)
+
+    def changed(
+        self,
+        *,
+        prepare: Sequence[Pass] | None = None,
+        optimize: Sequence[Pass] | None = None,
+        name: str | None = None,
+        schedule: Schedule | None = None,
+    ) -> Pipeline:
+        """This pipeline with other lists of passes, another name or schedule; what is None stays."""
+        return Pipeline(
+            self.prepare_passes if prepare is None else PassManager(prepare),
+            self.finalize_passes,
+            self.target,
+            self.name if name is None else name,
+            self.catalogue,
+            self.schedule if schedule is None else schedule,
+            self.optimize_passes if optimize is None else PassManager(optimize),
+        )
 
     def make_pass(self, name: str) -> Pass:
         """The pass called `name` of the pipeline's catalogue, with its options at their defaults."""
@@ -135,6 +187,7 @@ class Pipeline:
         """The pipeline as a file that `load_pipeline` reads back; options at their defaults are left out."""
         lines = [f"target = {_toml(self.target.value)}", f"catalogue = {_toml(self.catalogue)}"]
         lines += _pass_tables("prepare", self.prepare_passes)
+        lines += _pass_tables("optimize", self.optimize_passes)
         schedule = encode_schedule(self.schedule)
         if schedule:
             lines += ["", "[training]", *_entries(schedule)]
@@ -198,7 +251,7 @@ def _with_placement(text: str, name: str, place: str) -> Pipeline:
     frame = load_pipeline(PLACEMENT_TEMPLATE)
     prepare = frame.prepare_passes
     passes = [item.with_file(text, place) if isinstance(item, ReadsPlacement) else item for item in prepare]
-    return Pipeline(PassManager(passes), frame.finalize_passes, frame.target, name, frame.catalogue, frame.schedule)
+    return frame.changed(prepare=passes, name=name)
 
 
 def packaged_pipelines() -> list[str]:
@@ -220,10 +273,12 @@ def parse_pipeline(text: str, name: str, *, place: str) -> Pipeline:
     catalogue = decode(str, content.get("catalogue", DEFAULT_CATALOGUE), f"{place}: catalogue")
     known = _import_catalogue(catalogue, f"{place}: catalogue")
     prepare = _manager(content.get("prepare", []), "prepare", known, place)
+    optimize = _manager(content.get("optimize", []), "optimize", known, place)
     finalize = _manager(content.get("finalize", []), "finalize", known, place)
     _check_starts(prepare, finalize, place)
+    _check_optimize(optimize, place)
     schedule = decode_schedule(content.get("training", {}), f"{place}: training")
-    return Pipeline(prepare, finalize, target, name, catalogue, schedule)
+    return Pipeline(prepare, finalize, target, name, catalogue, schedule, optimize)
 
 
 def _overridden(item: Pass, given: Mapping[str, SpecOverride]) -> Pass:
@@ -292,6 +347,21 @@ def _pass(table: Any, catalogue: Mapping[str, type[Pass]], place: str) -> Pass:
     item = decode_dataclass(catalogue[name], options, f"{place} {name}")
     assert isinstance(item, Pass)
     return item
+
+
+def _check_optimize(optimize: PassManager, place: str) -> None:
+    """Post-training algorithms take a calibrated program, and leave one."""
+    starts = Stage.CALIBRATED in optimize.entries
+    if starts and optimize.stage_after(Stage.CALIBRATED) is Stage.CALIBRATED:
+        return
+    wrong = next(item for item in optimize if Stage.CALIBRATED not in item.stages or item.leaves is not None)
+    raise ConfigError(
+        f"pass '{wrong.name}' under [[optimize]]",
+        place=place,
+        expected="passes that take a calibrated program and leave it calibrated",
+        got=f"one that runs at {' or '.join(map(str, wrong.stages))}",
+        remedy="Name it under [[prepare]] or [[finalize]].",
+    )
 
 
 def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> None:

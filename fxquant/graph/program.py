@@ -56,6 +56,7 @@ class NoteKind(Enum):
     FLOAT = "float"  # what stays in float, and why
     BIAS = "bias"  # a weight scale that was raised for its bias
     TRAINING = "training"  # what was frozen in training, and when
+    OPTIMIZATION = "optimization"  # what a post-training algorithm measured
     OTHER = "other"
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from fxquant.errors import StorageError
 from fxquant.graph.options import decode, encode
 from fxquant.graph.program import ValueType
+from fxquant.graph.statistics import STATISTICS, ChannelStatistics
 from fxquant.spec import QuantSpec
 
 _OPS = frozenset(("placeholder", "get_attr", "call_function", "call_module", "output"))
@@ -46,6 +47,8 @@ def _encode_value(key: str, value: Any, name: str) -> Any:
         return {str(slot): encode(spec) for slot, spec in value.items()}
     if key == "input_rules":
         return {str(slot): rule for slot, rule in value.items()}
+    if key == STATISTICS:
+        return value.to_dict()
     if not _is_plain(value):
         expected = "numbers, strings, lists and dicts of such"
         raise StorageError(f"node '{name}': meta '{key}' cannot be saved", expected=expected, got=type(value).__name__)
@@ -61,6 +64,8 @@ def _decode_value(key: str, value: Any, place: str) -> Any:
         return {int(slot): decode(QuantSpec, spec, place) for slot, spec in value.items()}
     if key == "input_rules":
         return {int(slot): decode(str, rule, place) for slot, rule in value.items()}
+    if key == STATISTICS:
+        return ChannelStatistics.from_dict(decode(dict[str, tuple[float, ...]], value, place))
     return value
 
 

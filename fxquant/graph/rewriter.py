@@ -11,8 +11,10 @@ import torch
 from torch import fx
 
 from fxquant.errors import PassError
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.program import FAKE_QUANTS, Note, Program, ValueType, describe
 from fxquant.graph.snapshot import NodeState, node_state
+from fxquant.graph.statistics import STATISTICS, ChannelStatistics
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.spec import QuantSpec
 
@@ -44,9 +46,10 @@ class Miss:
 class Rewriter:
     """Edits one program on behalf of one pass."""
 
-    def __init__(self, program: Program, pass_name: str) -> None:
+    def __init__(self, program: Program, pass_name: str, data: PassData | None = None) -> None:
         self.program = program
         self.pass_name = pass_name
+        self._data = data
         self.edits: list[Edit] = []
         self.misses: list[Miss] = []
         self.touched: set[str] = set()  # names of nodes, and paths of tensors and modules, that recorded edits changed
@@ -62,6 +65,21 @@ class Rewriter:
         self.touched.add(subject)
         if node is not None:
             self.states[subject] = node_state(node)
+
+    @property
+    def data(self) -> PassData:
+        """The batches of this run; the manager refuses to run a pass that says `needs_data` without."""
+        assert self._data is not None, f"{self.pass_name} does not say needs_data"
+        return self._data
+
+    @property
+    def reference(self) -> Program:
+        """The float program of this run, from before its first pass; its nodes have the names that the program's have.
+
+        Not to be edited. There is one from stage inserted on.
+        """
+        assert self.data.reference is not None, f"{self.pass_name} runs before stage inserted"
+        return self.data.reference
 
     def miss(self, node: fx.Node, reason: str) -> None:
         """Say why a node that nearly matched was left alone."""
@@ -374,6 +392,10 @@ class Rewriter:
     def set_type(self, node: fx.Node, type: ValueType | tuple[ValueType, ...] | None) -> None:
         """Say what a node's value is (None: a Python scalar)."""
         self._set_meta(node, "type", type)
+
+    def set_statistics(self, node: fx.Node, statistics: ChannelStatistics | None) -> None:
+        """Say what is known of the output channels of a layer (None: nothing any more)."""
+        self._set_meta(node, STATISTICS, statistics, STATISTICS)
 
     def set_float_reason(self, node: fx.Node, reason: str) -> None:
         """Say why a node's value stays in float."""

@@ -19,6 +19,7 @@ from torch import fx, nn
 from fxquant.errors import PassError
 from fxquant.graph.module import ProgramModule
 from fxquant.graph.program import Note, Program, Stage, describe
+from fxquant.graph.statistics import STATISTICS
 from fxquant.spec import QuantSpec, Target
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ META_KEYS = (
     "rule",
     "float_reason",
     "shares_encoding_with",
+    STATISTICS,
 )
 _WHOLE_SUBTREE = frozenset(
     ("add", "remove", "encode", "state", "edit")

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import ParityError, nearest
+from fxquant.graph.liveness import last_uses
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid, codes_from_integers
 from fxquant.numerics.precision import full_precision
@@ -139,7 +140,7 @@ class Evaluation:
 
         Values are dropped after their last use, unless they are to be kept.
         """
-        dead = _last_uses(nodes, set(keep))
+        dead = last_uses([node for node in nodes if node.op != "output"], set(keep))
         with torch.no_grad():
             for node in nodes:
                 codes = self._compute(node)
@@ -168,19 +169,6 @@ class Evaluation:
         if taught is None or taught.codes.shape != codes.shape:
             return self._interpreter.run_node(node)
         return taught.real()
-
-
-def _last_uses(nodes: list[fx.Node], keep: set[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """By node, the values that nothing of `nodes` reads after it."""
-    last = {node: node for node in nodes if node.op != "output"}
-    for node in nodes:
-        for source in node.all_input_nodes:
-            last[source] = node
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for value, user in last.items():
-        if value not in keep:
-            dead.setdefault(user, []).append(value)
-    return dead
 
 
 SIMULATIONS: dict[str, Simulation] = {

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from fxquant.errors import FxquantError
 from fxquant.graph.batches import flat_arguments
 from fxquant.graph.constants import Constants
+from fxquant.graph.liveness import last_uses
 from fxquant.graph.program import Program
 from fxquant.numerics.codes import Codes, Grid
 from fxquant.numerics.fake_quant import FakeQuant, Mode
@@ -124,7 +125,8 @@ class Executor:
         self._plan = read_plan(self.program)
         snapshots = {id(fq): fq.grid.snapshot() for fq in self._activations.values() if is_on(fq)}
         self._grids = {node: snapshots[id(fq)] for node, fq in self._activations.items() if is_on(fq)}
-        self._dead = self._last_uses()
+        shown = [node for node in self._nodes if node not in self._plan.hidden]
+        self._dead = last_uses(shown, set(self.program.graph.output_node().all_input_nodes), self._plan.reads)
         self._key = key
 
     def _refuse_other_precisions(self) -> None:
@@ -194,18 +196,6 @@ class Executor:
 
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
         return getattr(self._interpreter, node.op)(node.target, args, kwargs)
-
-    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
-        """By node, the values that nothing reads after it; what the graph returns is read at the end."""
-        last: dict[fx.Node, fx.Node] = {}
-        for node in self._nodes:
-            if node in self._plan.hidden:
-                continue
-            last.update((source, node) for source in (node, *self._plan.reads(node)))
-        dead: dict[fx.Node, list[fx.Node]] = {}
-        for value in set(last) - set(self.program.graph.output_node().all_input_nodes):
-            dead.setdefault(last[value], []).append(value)
-        return dead
 
 
 def _taught(codes: Codes | None, computed: Codes) -> Codes:
