@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import PassError
+from fxquant.graph.aliases import Aliases
 from fxquant.graph.pass_data import PassData
 from fxquant.graph.program import FAKE_QUANTS, Note, Program, ValueType, describe
 from fxquant.graph.snapshot import NodeState, node_state
@@ -53,12 +54,10 @@ class Rewriter:
         self.edits: list[Edit] = []
         self.misses: list[Miss] = []
         self.touched: set[str] = set()  # names of nodes, and paths of tensors and modules, that recorded edits changed
-        self._paths: dict[int, list[str]] | None = None  # every name of each submodule, once asked for
-
+        self._aliases = Aliases(program.module)
         self.created: set[str] = set()  # names of nodes that this rewriter created
         self.states: dict[str, NodeState | None] = {}  # each touched node after its last recorded edit; None: erased
         self._saved: list[tuple[torch.Tensor, torch.Tensor]] = []  # tensors edited in place, with their values before
-        self._ties: dict[int, list[tuple[torch.Tensor, str]]] | None = None  # see _paths_of_tensors
 
     def _record(self, action: str, subject: str, text: str = "", node: fx.Node | None = None) -> None:
         self.edits.append(Edit(action, subject, text))
@@ -226,23 +225,10 @@ class Rewriter:
         old = getattr(self.program.module.get_submodule(owner_path), attribute)
         if isinstance(old, torch.nn.Parameter):
             value = torch.nn.Parameter(value.detach().to(old.dtype), requires_grad=old.requires_grad)
-        paths = self._paths_of_tensors()
-        ties = paths.pop(id(old))
-        paths[id(value)] = [(value, tied) for _, tied in ties]
-        for _, tied in ties:
+        for tied in self._aliases.replace_tensor(old, value):
             owner_path, _, attribute = tied.rpartition(".")
             setattr(self.program.module.get_submodule(owner_path), attribute, value)
             self._record("set", tied, f"{tuple(value.shape)}")
-
-    def _paths_of_tensors(self) -> dict[int, list[tuple[torch.Tensor, str]]]:
-        """By id of a tensor: the tensor, and each path it stands at. Built once, because a pass may set thousands."""
-        if self._ties is None:
-            self._ties = {}
-            module = self.program.module
-            named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-            for path, tensor in named:
-                self._ties.setdefault(id(tensor), []).append((tensor, path))
-        return self._ties
 
     @contextmanager
     def editing(self, path: str, text: str = "") -> Iterator[torch.nn.Module]:
@@ -270,36 +256,21 @@ class Rewriter:
         owner = self.program.module.get_submodule(owner_path)
         if hasattr(owner, attribute) and getattr(owner, attribute) is not None:
             raise PassError(f"{self.pass_name}: tensor '{path}' exists already", remedy="Choose another name.")
-        ties, aliases = self._paths_of_tensors(), self._paths_of_module(owner) or [owner_path]
+        aliases = self._aliases.of_module(owner) or [owner_path]
         if parameter:
             owner.register_parameter(attribute, torch.nn.Parameter(value.detach().clone(), requires_grad))
         else:
             owner.register_buffer(attribute, value)
         self._record("add", path, f"{tuple(value.shape)}")
-        added = getattr(owner, attribute)
-        for alias in aliases:  # a module registered under several names changes under all of them
-            tied = f"{alias}.{attribute}" if alias else attribute
-            self.touched.add(tied)
-            ties.setdefault(id(added), []).append((added, tied))
-
-    def _paths_of_module(self, module: torch.nn.Module) -> list[str]:
-        """Every name of a submodule; built once, like the paths of tensors."""
-        if self._paths is None:
-            self._paths = {}
-            for path, found in self.program.module.named_modules(remove_duplicate=False):
-                self._paths.setdefault(id(found), []).append(path)
-        return self._paths.get(id(module), [])
+        tied = [f"{alias}.{attribute}" if alias else attribute for alias in aliases]  # under each name of its owner
+        self.touched.update(tied)
+        self._aliases.add_tensor(getattr(owner, attribute), tied)
 
     def add_module(self, path: str, module: torch.nn.Module) -> None:
         """Add a submodule at `path`, creating plain containers on the way."""
         if not self.program.module.add_submodule(path, module):
             raise PassError(f"{self.pass_name}: module path '{path}' is taken", remedy="Rename the model's submodule.")
-        if self._ties is not None:
-            for name, tensor in (*module.named_parameters(path), *module.named_buffers(path)):
-                self._ties.setdefault(id(tensor), []).append((tensor, name))
-        if self._paths is not None:
-            for name, found in module.named_modules(remove_duplicate=False):
-                self._paths.setdefault(id(found), []).append(f"{path}.{name}" if name else path)
+        self._aliases.add_module(path, module)
         self._record("add", path, type(module).__name__)
 
     def remove_module(self, path: str) -> None:
@@ -310,30 +281,20 @@ class Rewriter:
         removed = self.program.module.get_submodule(path)
         owner_path, _, attribute = path.rpartition(".")
         owner = self.program.module.get_submodule(owner_path)
-        gone = [f"{alias}.{attribute}" if alias else attribute for alias in self._paths_of_module(owner)]
+        gone = [f"{alias}.{attribute}" if alias else attribute for alias in self._aliases.of_module(owner)]
         delattr(owner, attribute)
-        self._forget(removed, gone)
+        self._aliases.forget_module(removed, gone)
         for name in dict.fromkeys((path, *gone)):
             self._record("remove", name)
-
-    def _forget(self, removed: torch.nn.Module, gone: list[str]) -> None:
-        """Strike the names under which `removed`, and all below it, stood; rebuilding both lists costs too much."""
-        for name, module in removed.named_modules(remove_duplicate=False):
-            _strike(self._paths, module, {f"{path}.{name}" if name else path for path in gone})
-        tensors = (*removed.named_parameters(remove_duplicate=False), *removed.named_buffers(remove_duplicate=False))
-        for name, tensor in tensors:
-            _strike(self._ties, tensor, {(tensor, f"{path}.{name}") for path in gone})
 
     def replace_module(self, path: str, module: torch.nn.Module) -> None:
         """Put `module` in the place of the one at `path`, under all its names; it holds the same tensors."""
         old = self.program.module.get_submodule(path)
-        names = list(self._paths_of_module(old))
-        self._forget(old, names)
-        for name in names:
+        for name in list(self._aliases.of_module(old)):
             owner_path, _, attribute = name.rpartition(".")
             self.program.module.get_submodule(owner_path)._modules[attribute] = module
             self._record("add", name, type(module).__name__)
-        self._paths = self._ties = None  # found again when next asked for
+        self._aliases.refresh()
 
     def compute_encoding(self, path: str, follows: torch.Tensor | None = None) -> None:
         """Compute the grid of the FakeQuant at `path`: from the tensor that it follows, or from what its estimator
@@ -418,12 +379,3 @@ class Rewriter:
     def fake_quant_path(value: str) -> str:
         """Where the FakeQuant of the value called `value` lives; nn.Module has names of its own ("to", "half")."""
         return f"{FAKE_QUANTS}.{value}_" if hasattr(torch.nn.Module, value) else f"{FAKE_QUANTS}.{value}"
-
-
-def _strike(lists: dict[int, list[Any]] | None, key: object, gone: set[Any]) -> None:
-    """Take out of `key`'s list what is gone; an empty list goes too, as the id may be another object's soon."""
-    if lists is None or id(key) not in lists:
-        return
-    lists[id(key)] = [item for item in lists[id(key)] if item not in gone]
-    if not lists[id(key)]:
-        del lists[id(key)]
