@@ -24,24 +24,23 @@ pipeline PLACEMENT_TEMPLATE gives everything else.
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from fxquant.errors import ConfigError, PassError, nearest
 from fxquant.graph.batches import Batch
+from fxquant.graph.catalogue import import_catalogue
 from fxquant.graph.manager import PassManager
-from fxquant.graph.options import decode, decode_dataclass, encode
+from fxquant.graph.options import decode, decode_dataclass
 from fxquant.graph.pass_data import PassData
 from fxquant.graph.passes import Pass
 from fxquant.graph.program import Program, Stage
+from fxquant.graph.toml import entries, pass_tables, toml
 from fxquant.graph.trace import PassTrace
 from fxquant.graph.training_table import decode_schedule, encode_schedule
 from fxquant.schedule import DEFAULT_SCHEDULE, Schedule
@@ -178,20 +177,20 @@ class Pipeline:
 
     def make_pass(self, name: str) -> Pass:
         """The pass called `name` of the pipeline's catalogue, with its options at their defaults."""
-        known = _import_catalogue(self.catalogue, f"pipeline '{self.name}'")
+        known = import_catalogue(self.catalogue, f"pipeline '{self.name}'")
         if name not in known:
             raise ConfigError(f"unknown pass '{name}'", place=self.catalogue, remedy=nearest(name, known))
         return known[name]()
 
     def to_toml(self) -> str:
         """The pipeline as a file that `load_pipeline` reads back; options at their defaults are left out."""
-        lines = [f"target = {_toml(self.target.value)}", f"catalogue = {_toml(self.catalogue)}"]
-        lines += _pass_tables("prepare", self.prepare_passes)
-        lines += _pass_tables("optimize", self.optimize_passes)
+        lines = [f"target = {toml(self.target.value)}", f"catalogue = {toml(self.catalogue)}"]
+        lines += pass_tables("prepare", self.prepare_passes)
+        lines += pass_tables("optimize", self.optimize_passes)
         schedule = encode_schedule(self.schedule)
         if schedule:
-            lines += ["", "[training]", *_entries(schedule)]
-        lines += _pass_tables("finalize", self.finalize_passes)
+            lines += ["", "[training]", *entries(schedule)]
+        lines += pass_tables("finalize", self.finalize_passes)
         return "\n".join(lines) + "\n"
 
     def __repr__(self) -> str:
@@ -271,7 +270,7 @@ def parse_pipeline(text: str, name: str, *, place: str) -> Pipeline:
             raise ConfigError(f"unknown key '{key}'", place=place, remedy=nearest(key, _KEYS))
     target = decode(Target, content.get("target", Target.ONNXRUNTIME_X64.value), f"{place}: target")
     catalogue = decode(str, content.get("catalogue", DEFAULT_CATALOGUE), f"{place}: catalogue")
-    known = _import_catalogue(catalogue, f"{place}: catalogue")
+    known = import_catalogue(catalogue, f"{place}: catalogue")
     prepare = _manager(content.get("prepare", []), "prepare", known, place)
     optimize = _manager(content.get("optimize", []), "optimize", known, place)
     finalize = _manager(content.get("finalize", []), "finalize", known, place)
@@ -288,41 +287,6 @@ def _overridden(item: Pass, given: Mapping[str, SpecOverride]) -> Pass:
         return item
     found: Pass = replace(item, **changed)  # type: ignore[type-var]  # every pass is a dataclass
     return found.placed(vars(item)["place"]) if hasattr(found, "placed") else found
-
-
-def _import_catalogue(text: str, place: str) -> Mapping[str, type[Pass]]:
-    module, separator, attribute = text.partition(":")
-    if not (module and separator and attribute):
-        raise ConfigError("catalogue", place=place, expected='"module:ATTRIBUTE"', got=repr(text))
-    imported = _import_module(module, text, place)
-    if not hasattr(imported, attribute):
-        offered = [name for name, value in vars(imported).items() if _is_catalogue(value)]
-        got = f"no '{attribute}' in module '{module}'"
-        remedy = nearest(attribute, offered)
-        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=got, remedy=remedy)
-    found = getattr(imported, attribute)
-    if not _is_catalogue(found):
-        got = f"{type(found).__name__} in '{text}'"
-        raise ConfigError("catalogue", place=place, expected="a dict of pass classes by their names", got=got)
-    catalogue: Mapping[str, type[Pass]] = found
-    return catalogue
-
-
-def _import_module(module: str, text: str, place: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except Exception as err:  # whatever the code of a foreign module raises
-        if isinstance(err, ImportError):
-            got, remedy = str(err), "Install the module, or put its folder on PYTHONPATH."
-        else:
-            got, remedy = f"{type(err).__name__}: {err}", f"Mend '{module}': it raises where it is imported."
-        raise ConfigError(f"catalogue '{text}' cannot be imported", place=place, got=got, remedy=remedy) from err
-
-
-def _is_catalogue(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(
-        isinstance(kind, type) and issubclass(kind, Pass) and key == kind.name for key, kind in value.items()
-    )
 
 
 def _manager(tables: Any, section: str, catalogue: Mapping[str, type[Pass]], place: str) -> PassManager:
@@ -385,37 +349,3 @@ def _check_starts(prepare: PassManager, finalize: PassManager, place: str) -> No
             expected=f"passes that run at {' or '.join(map(str, handed))}, which prepare and calibration leave",
             got=f"passes that start at {' or '.join(map(str, finalize.entries))}",
         )
-
-
-def _pass_tables(section: str, passes: PassManager) -> list[str]:
-    lines: list[str] = []
-    for item in passes:
-        lines += ["", f"[[{section}]]", f"pass = {_toml(item.name)}", *_entries(encode(item))]
-    return lines
-
-
-def _entries(options: Mapping[str, Any]) -> list[str]:
-    return [f"{_key(key)} = {_toml(value)}" for key, value in options.items()]
-
-
-def _key(text: str) -> str:
-    return text if text.replace("_", "").replace("-", "").isalnum() and text.isascii() else _string(text)
-
-
-def _string(text: str) -> str:
-    """A TOML basic string: JSON's, but for the one control character that JSON lets stand."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _toml(value: Any) -> str:
-    """A plain value as TOML; tables are written inline."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return _string(value)
-    if isinstance(value, Mapping):
-        pairs = ", ".join(f"{_key(str(key))} = {_toml(item)}" for key, item in value.items() if item is not None)
-        return f"{{ {pairs} }}" if pairs else "{}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    return repr(value)
