@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ def require_evaluated_on(on: str, thing: str, known: tuple[str, ...] = EVALUATED
 
 
 def quantized(
-    captured: Program, pipeline: Pipeline, batches: Sequence[Batch], folder: Path | None = None, progress: bool = False
+    captured: Program, pipeline: Pipeline, batches: Iterable[Batch], folder: Path | None = None, progress: bool = False
 ) -> Program:
     """A copy of a captured program that the pipeline prepared, calibrated and optimized, on the same batches.
 

@@ -96,7 +96,7 @@ class Folder:
         if value_type(source_of(norm)) != value_type(norm):
             return f"it turns {value_type(source_of(norm))} into {value_type(norm)}"
         for operand in (layer.weight, layer.bias):
-            reason = None if operand is None else self._why_fixed(layer, operand)
+            reason = None if operand is None else why_fixed(self.program, layer, operand, self.shared)
             if reason is not None:
                 return reason
         weight = self.program.tensor(layer.weight)
@@ -108,31 +108,33 @@ class Folder:
         if layer.bias is not None:
             self.rewriter.set_tensor(str(layer.bias.target), new_bias)
         elif not forward or bool(new_bias.any()):
-            self._add_bias(layer, new_bias)
+            add_bias(self.program, self.rewriter, layer, new_bias)
         self._bypass(norm, source_of(norm))
         return None
-
-    def _why_fixed(self, layer: Layer, operand: fx.Node) -> str | None:
-        """Why a weight or bias may not be changed for this layer alone."""
-        if operand.op != "get_attr":
-            return f"{layer.node.name}'s weight or bias is computed, by {operand.name}"
-        if len(operand.users) != 1:
-            return user_list(operand)
-        return self.shared.get(id(self.program.tensor(operand)))
-
-    def _add_bias(self, layer: Layer, bias: torch.Tensor) -> None:
-        path = free_path(self.program, str(layer.weight.target))
-        trains = self.program.tensor(layer.weight).requires_grad
-        self.rewriter.add_tensor(path, bias, parameter=True, requires_grad=trains)
-        name = path.replace(".", "_")
-        node = self.rewriter.get_attr(path, name=name, before=layer.weight.next, like=layer.weight)
-        self.rewriter.set_arg(layer.node, 2, node)
 
     def _bypass(self, norm: fx.Node, source: fx.Node) -> None:
         tensors = [arg for arg in norm.args[1:] if isinstance(arg, fx.Node)]
         self.rewriter.replace_uses(norm, source)
         self.rewriter.erase(norm)
         self.rewriter.erase_dead(*tensors)
+
+
+def why_fixed(program: Program, layer: Layer, operand: fx.Node, shared: dict[int, str]) -> str | None:
+    """Why a weight or bias may not be changed for this layer alone; `shared`: as of `shared_tensors`."""
+    if operand.op != "get_attr":
+        return f"{layer.node.name}'s weight or bias is computed, by {operand.name}"
+    if len(operand.users) != 1:
+        return user_list(operand)
+    return shared.get(id(program.tensor(operand)))
+
+
+def add_bias(program: Program, rewriter: Rewriter, layer: Layer, bias: torch.Tensor) -> None:
+    """Give a layer that has no bias one, beside its weight."""
+    path = free_path(program, str(layer.weight.target))
+    trains = program.tensor(layer.weight).requires_grad
+    rewriter.add_tensor(path, bias, parameter=True, requires_grad=trains)
+    node = rewriter.get_attr(path, name=path.replace(".", "_"), before=layer.weight.next, like=layer.weight)
+    rewriter.set_arg(layer.node, 2, node)
 
 
 def layer_before(norm: fx.Node) -> Layer | str:

@@ -19,6 +19,7 @@ CONVOLUTIONS = (aten.convolution.default, PADDED_CONVOLUTION)
 _MAX_POOLS = (aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default)
 _AVG_POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 _ADAPTIVE_POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
+POOLS = {target: axes for pools in (_MAX_POOLS, _AVG_POOLS, _ADAPTIVE_POOLS) for axes, target in enumerate(pools, 1)}
 RESHAPES = (aten.flatten.using_ints, aten.view.default, aten.reshape.default)
 
 

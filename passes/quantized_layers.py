@@ -85,7 +85,8 @@ def _as_quantized(program: Program, node: fx.Node, shared: dict[int, str], chang
     assert isinstance(weight, fx.Node)
     if weight.op != "get_attr":
         return f"its weight is computed, by {weight.name}"
-    if len(weight.users) != 1 or len(quantizer.users) != 1:
+    readers = [user for user in quantizer.users if program.bias_fake_quant(user) is None]
+    if len(weight.users) != 1 or len(readers) != 1:
         return f"its weight {weight.name} is read at several places"
     if id(program.tensor(weight)) in shared:
         return f"its weight is shared: {shared[id(program.tensor(weight))]}"

@@ -21,6 +21,7 @@ class SelectPerChannel(Pass):
        DequantizeLinear, so no other axis is ever chosen.
     2. A layer whose operation has no channel axis for this form is left per tensor, with the reason: a grouped
        transposed convolution, whose weight has out / groups indices along its axis 1.
+    3. So are the nodes of `except_nodes`.
 
     Contract: PRESERVES (it only annotates).
 
@@ -28,6 +29,7 @@ class SelectPerChannel(Pass):
         ops: the operations that are meant, by our name or ONNX operator type; empty for all that have a weight.
         change: what else becomes of such a weight's spec (a runtime may want unsigned weights, but signed ones where
             they are per channel).
+        except_nodes: names of nodes whose weights stay per tensor (case 3); an unknown one is refused.
     """
 
     name: ClassVar[str] = "select-per-channel"
@@ -36,15 +38,17 @@ class SelectPerChannel(Pass):
 
     ops: tuple[str, ...] = ()
     change: SpecOverride = field(default=SpecOverride())
+    except_nodes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_ops(self.ops, "select-per-channel: ops")
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Narrow every weight spec that is per tensor."""
+        kept = {program.node(name) for name in self.except_nodes}
         for node in program.graph.nodes:
             definition = definition_of(program, node)
-            if definition is None or (self.ops and not is_named(self.ops, node, definition)):
+            if definition is None or node in kept or (self.ops and not is_named(self.ops, node, definition)):
                 continue
             slot = weight_slot(node, definition)
             spec = None if slot is None else input_spec(node, slot)

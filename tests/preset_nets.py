@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,9 @@ import fxquant
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.runtime import Level, RuntimeOptions, open_session
+from fxquant.passes.rounding_run import LearnsRounding
 
+SHORT = 20
 ONE_THREAD = RuntimeOptions(threads=1)
 
 
@@ -217,14 +219,24 @@ class Export:
         return float(10 * np.log10((signal**2).sum() / max(((signal - self.run()) ** 2).sum(), 1e-30)))
 
 
+def shortened(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with few iterations where rounding is learned: what is tested here does not depend on them."""
+    passes = [
+        replace(item, iterations=SHORT) if isinstance(item, LearnsRounding) else item
+        for item in pipeline.optimize_passes
+    ]
+    return pipeline.changed(optimize=passes)
+
+
 def export(pipeline: Pipeline, name: str, folder: Path) -> Export:
-    """Capture, prepare, calibrate, finalize, export."""
+    """Capture, prepare, calibrate, optimize, finalize, export; what measures does so on the calibration batches."""
     model, data = net(name), batches(name)
     with torch.no_grad():
         expected = model(data[0])
     program = fxquant.capture(model, data[0])
-    pipeline.prepare(program)
+    pipeline.prepare(program, batches=data)
     fxquant.calibrate(program, data, progress=False)
+    shortened(pipeline).optimize(program, data, progress=False)
     pipeline.finalize(program)
     path = folder / f"{name}.onnx"
     fxquant.export_onnx(program, path)

@@ -25,9 +25,11 @@ from tests.preset_nets import NETS, ONE_THREAD, Export, batches, export, package
 # What these presets reach on the nets here is 4 dB more or better; others are only to be no nonsense.
 FLOORS = {
     "int8_per_tensor": 30.0,
+    "int8_per_tensor_dfq": 30.0,
     "int8_per_channel": 33.0,
     "int8_reduced_range": 33.0,
     "w4a8": 20.0,
+    "w4a8_adaround": 20.0,
     "w4a4_lsq_qat": 3.0,
     "int16_activations": 43.0,
     "tensorrt": 33.0,
@@ -35,7 +37,7 @@ FLOORS = {
     "xnnpack": 33.0,
     "qnn_htp": 33.0,
 }
-ON_CPU = ("int8_per_tensor", "int8_per_channel", "int8_reduced_range", "w4a8")
+ON_CPU = ("int8_per_tensor", "int8_per_tensor_dfq", "int8_per_channel", "int8_reduced_range", "w4a8", "w4a8_adaround")
 CONVOLUTIONAL = ("plain", "residual", "depthwise", "dense")
 TARGETS = {"tensorrt": Target.TENSORRT, "openvino": Target.OPENVINO, "xnnpack": Target.XNNPACK}
 TARGETS |= {"qnn_htp": Target.QNN_HTP}
@@ -168,9 +170,11 @@ def behind_reshape(structure: Structure, tensor: str) -> str:
     ("preset", "largest", "per_channel"),
     [
         ("int8_per_tensor", 127, False),
+        ("int8_per_tensor_dfq", 127, False),
         ("int8_per_channel", 127, True),
         ("int8_reduced_range", 63, True),
         ("w4a8", 7, True),
+        ("w4a8_adaround", 7, True),
     ],
 )
 def test_structure_is_that_of_the_fast_kernels(

@@ -23,7 +23,10 @@ from fxquant.graph.storage import load_program
 from fxquant.lowering.lower import check_opset
 from fxquant.numerics.runtime import Level, RuntimeOptions
 from fxquant.parity import check_parity
+from fxquant.reconstruction.unfinished import discard
 from fxquant.sim import file_names, write_files
+
+UNFINISHED = "unfinished"  # in the folder of results: what passes have learned so far, until all of it is written
 
 
 def demo(options: argparse.Namespace) -> int:
@@ -138,9 +141,10 @@ def _quantized(pipeline: Pipeline, folder: Path, options: argparse.Namespace) ->
     print(pipeline.prepare(program, batches=batches if measures else None))
     calibrate(program, batches, max_batches=options.max_batches)
     if len(pipeline.optimize_passes):
-        print(pipeline.optimize(program, batches if measures else None, folder=folder / "unfinished"))
+        print(pipeline.optimize(program, batches if measures else None, folder=folder / UNFINISHED))
     pipeline.finalize(program)
     write_files(program, folder, opset=options.opset, encodings_version=options.encodings)
+    discard(folder / UNFINISHED)
     return program
 
 

@@ -147,23 +147,17 @@ def show_all(
 
     One forward pass a batch, in which no more values are held than the network itself needs.
     """
-    route, known, segments = Route(program, stops), [], []
-    for stop in stops:
-        live = route.live_behind(stop)
-        segments.append(Segment(program, [*live, stop], known))
-        known = live
+    route = Route(program, stops)
+    lives = [route.live_behind(stop) for stop in stops]
+    starts: list[list[fx.Node]] = [[], *lives]
+    segments = [Segment(program, [*live, stop], start) for live, stop, start in zip(lives, stops, starts, strict=False)]
     count = 0
     for batch in batches:
         values = inputs_of(program, batch)
-        for stop, segment in zip(stops, segments, strict=True):
+        for stop, live, segment in zip(stops, lives, segments, strict=True):
             with torch.no_grad(), in_eval_mode(program.module):
-                found = segment.run({node: values[node] for node in (*segment.known, *segment.inputs)})
+                found = segment.run(values)
             see(stop, found[stop])
-            values |= found
-            values = {node: values[node] for node in (*route.live_behind(stop), *_inputs(values))}
+            values = {node: found[node] for node in live}
         count += 1
     return count
-
-
-def _inputs(values: Values) -> list[fx.Node]:
-    return [node for node in values if node.op == "placeholder"]

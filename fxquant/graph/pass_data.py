@@ -11,6 +11,7 @@ import torch
 
 from fxquant.errors import PassError
 from fxquant.graph.batches import Batch
+from fxquant.graph.bias_correction import undo_corrections
 from fxquant.numerics.fake_quant import Mode
 
 if TYPE_CHECKING:
@@ -51,8 +52,9 @@ class PassData:
 
 
 def float_twin(program: Program) -> Program:
-    """A copy in eval mode whose quantizers are all off: it computes in float."""
+    """A copy in eval mode whose quantizers are all off: it computes in float, with biases as before any correction."""
     twin = program.copy()
+    undo_corrections(twin)
     for _, module in twin.fake_quant_nodes():
         module.mode = Mode.OFF
     twin.module.eval()

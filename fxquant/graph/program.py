@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxquant.graph.float_state import FloatState, LoadedKeys
 
 FAKE_QUANTS = "fake_quants"
+_WORDS = ("rule", "input_rules", "float_reason")  # of a node's meta: which rule decided, and in which file
 _HISTORY = re.compile(rf"{FAKE_QUANTS}\..+\.(estimator\..+|range\..+|scale_floor)")
 
 
@@ -346,10 +347,12 @@ class Program:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of graph, parameters, buffers, specs and grids; the ONNX file lowered from it carries it.
 
-        What led to a grid (estimators' statistics, floors for biases) does not count: equal grids are equal codes.
+        What led to a grid (estimators' statistics, floors for biases) does not count: equal grids are equal codes. Nor
+        do the words that say which rule of which file decided.
         """
         digest = hashlib.sha256()
-        digest.update(json.dumps(graph_to_records(self.graph), sort_keys=True, default=str).encode())
+        records = [{**item, "meta": _without_words(item.get("meta", {}))} for item in graph_to_records(self.graph)]
+        digest.update(json.dumps(records, sort_keys=True, default=str).encode())
         for node, module in self.fake_quant_nodes():
             digest.update(f"{node.name}:{module.spec!r}:{module.mode is Mode.OFF}".encode())
         for key, tensor in sorted(self.module.state_dict().items()):
@@ -413,3 +416,7 @@ class Program:
         from fxquant.graph.render import render
 
         return render(self)
+
+
+def _without_words(meta: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in meta.items() if key not in _WORDS}

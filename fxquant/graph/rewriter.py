@@ -80,6 +80,11 @@ class Rewriter:
         assert self.data.reference is not None, f"{self.pass_name} runs before stage inserted"
         return self.data.reference
 
+    @property
+    def known_reference(self) -> Program | None:
+        """`reference` for passes that can do without: None where no pass of the run measures."""
+        return None if self._data is None else self._data.reference
+
     def miss(self, node: fx.Node, reason: str) -> None:
         """Say why a node that nearly matched was left alone."""
         self.misses.append(Miss(node.name, describe(node), reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class LoweredModel:
 
     def __init__(self, program: Program, path: str | os.PathLike[str], options: RuntimeOptions = _DEFAULT) -> None:
         self.program = program
+        self.path = Path(path)
         self._session = open_session(path, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

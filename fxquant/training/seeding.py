@@ -11,11 +11,11 @@ from fxquant.errors import ConfigError
 from fxquant.schedule import plain_integer, shown
 
 
-def plain_seed(seed: object) -> int:
+def plain_seed(seed: object, thing: str = "train_qat") -> int:
     """A run's seed as a plain int; raises ConfigError for what is none, or no file of ours can hold."""
     found = plain_integer(seed)
     if found is None or not 0 <= found < 2**64:
-        raise ConfigError("train_qat: seed", expected="an integer from 0 to 2^64 - 1", got=shown(seed))
+        raise ConfigError(f"{thing}: seed", expected="an integer from 0 to 2^64 - 1", got=shown(seed))
     return found
 
 

@@ -1,0 +1,261 @@
+"""Learn the rounding of a unit's weights.
+
+    loss = mean over samples and positions of sum over channels (y~ - y)^2  +  lambda r(alpha)
+
+y is the unit's output in float, y~ that with softly rounded weights (soft_rounding.py) on the quantized program's
+inputs. After a warm start without r, beta falls along a half cosine (Nagel 2020, arXiv:2004.10568, section 3.3); at the
+end every number is rounded as its alpha says. In blocks the activations' quantizers work, and each element that they
+round passes in float with probability `drop` instead (QDrop, Wei 2022, arXiv:2203.05740).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.errors import FxquantError
+from fxquant.graph.program import Program
+from fxquant.graph.segment import Segment, in_eval_mode
+from fxquant.progress import track
+from fxquant.reconstruction.samples import Samples
+from fxquant.reconstruction.soft_rounding import SoftRounding
+from fxquant.reconstruction.units import Unit, weight_of
+
+POINTS = 100  # of a loss curve
+TRAVEL = 10.0  # learning rate times iterations: 10,000 steps of 1e-3
+LARGEST_RATE = 0.1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rounding is learned.
+
+    Arguments:
+        iterations: steps of Adam; None: 10,000, or 15,000 where a weight has fewer than 8 bits.
+        learning_rate: of alpha; None: 1e-3, or as much more as fewer iterations need to go as far.
+        batch_size: samples of a step, drawn without replacement.
+        regularization: lambda.
+        beta_start, beta_end: of the exponent's way down.
+        warm_start: the part of the iterations without regularization.
+        drop: the probability with which a quantized activation's element passes in float (blocks only).
+        early_stop: end as soon as every number is rounded for good.
+        seed: of what is drawn; each unit draws by its name and this.
+    """
+
+    iterations: int | None = None
+    learning_rate: float | None = None
+    batch_size: int = 32
+    regularization: float = 0.01
+    beta_start: float = 20.0
+    beta_end: float = 2.0
+    warm_start: float = 0.2
+    drop: float = 0.0
+    early_stop: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rate = self.learning_rate
+        _require("iterations", self.iterations is None or self.iterations >= 1, "at least 1", self.iterations)
+        _require("learning_rate", rate is None or 0 < rate < math.inf, "above 0", rate)
+        _require("batch_size", self.batch_size >= 1, "at least 1", self.batch_size)
+        _require("regularization", 0 <= self.regularization < math.inf, "0 or more", self.regularization)
+        _require("beta_end", self.beta_end >= 1, "at least 1", self.beta_end)
+        _require("beta_start", self.beta_end <= self.beta_start < math.inf, "at least beta_end", self.beta_start)
+        _require("warm_start", 0 <= self.warm_start < 1, "in [0, 1)", self.warm_start)
+        _require("drop", 0 <= self.drop <= 1, "in [0, 1]", self.drop)
+
+    def steps_for(self, bits: int) -> int:
+        """Iterations for weights of so many bits."""
+        return self.iterations if self.iterations is not None else 15_000 if bits < 8 else 10_000
+
+    def rate_for(self, steps: int) -> float:
+        """The learning rate of so many iterations."""
+        return self.learning_rate or min(max(TRAVEL / 10_000, TRAVEL / steps), LARGEST_RATE)
+
+    def beta_at(self, step: int, steps: int) -> float | None:
+        """The exponent at a step; None while r does not count."""
+        first = self.warm_start * steps
+        if step < first:
+            return None
+        way = (step - first) / (steps - first)
+        return self.beta_end + (self.beta_start - self.beta_end) * (1 + math.cos(math.pi * way)) / 2
+
+
+def _require(option: str, is_right: bool, expected: str, got: object) -> None:
+    if not is_right:
+        raise FxquantError(f"option '{option}'", expected=expected, got=str(got))
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What was learned of a unit.
+
+    Arguments:
+        unit: its name.
+        codes: by the name of a weight's FakeQuant node, codes (int32) as learned.
+        nearest_error, learned_error: squared error of the output on all samples, over the squared float output, with
+            the weights rounded to nearest and as learned.
+        changed: how many numbers are not rounded to the nearest.
+        iterations: as many as ran.
+        seconds: they took.
+        samples: how many there were.
+        curve: iterations and the loss there (lambda r included, also during the warm start).
+    """
+
+    unit: str
+    codes: Mapping[str, torch.Tensor]
+    nearest_error: float
+    learned_error: float
+    changed: int
+    iterations: int
+    seconds: float
+    samples: int
+    curve: tuple[tuple[int, float], ...]
+
+    @property
+    def is_better(self) -> bool:
+        """Whether the learned rounding beats that to the nearest."""
+        return self.learned_error < self.nearest_error
+
+    def __str__(self) -> str:
+        total = sum(codes.numel() for codes in self.codes.values())
+        errors = f"{self.nearest_error:.2e} -> {self.learned_error:.2e}"
+        counts = f"{self.changed:,} of {total:,} weights rounded the other way"
+        return f"output error {errors} (nearest -> learned), {counts}, {self.seconds:.1f} s"
+
+
+class _Dropping(Segment):
+    """A segment whose activation quantizers let elements pass in float, as drawn."""
+
+    def __init__(self, program: Program, unit: Unit, drop: float, generator: torch.Generator) -> None:
+        super().__init__(program, [unit.output], (*unit.inputs, *unit.weights))
+        self.drop, self.generator = drop, generator
+
+    def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        found = super()._compute(node, values)
+        module = self.program.fake_quant(node) if self.drop else None
+        if module is None or module.follows:
+            return found
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        passes = torch.rand(found.shape, generator=self.generator) < self.drop
+        return torch.where(passes.to(found.device), values[source], found)
+
+
+def reconstruct(
+    program: Program, unit: Unit, samples: Samples, settings: Settings, *, progress: bool = True
+) -> Reconstruction:
+    """Learn a unit's rounding; the program is left as it is.
+
+    The draws depend on the seed and the unit's name alone, so that what other units did, or a resumed run, changes
+    nothing.
+    """
+    began = time.perf_counter()
+    learner = _Learner(program, unit, samples, settings)
+    with in_eval_mode(program.module):
+        nearest = {node: item.codes_of(weight_of(program, node)) for node, item in learner.roundings.items()}
+        iterations = learner.run(progress)
+        learned = {node: item.codes() for node, item in learner.roundings.items()}
+        errors = learner.error(nearest), learner.error(learned)
+    return Reconstruction(
+        unit.name,
+        {node.name: codes for node, codes in learned.items()},
+        *errors,
+        sum(int((learned[node] != nearest[node]).sum()) for node in learned),
+        iterations,
+        time.perf_counter() - began,
+        samples.count,
+        tuple(learner.curve),
+    )
+
+
+class _Learner:
+    """One unit while it is learned."""
+
+    def __init__(self, program: Program, unit: Unit, samples: Samples, settings: Settings) -> None:
+        self.program, self.unit, self.samples, self.settings = program, unit, samples, settings
+        self.generator = torch.Generator().manual_seed(_seed(unit.name, settings.seed))
+        self.segment = Segment(program, [unit.output], (*unit.inputs, *unit.weights))
+        self.dropping = _Dropping(program, unit, settings.drop, self.generator)
+        self.roundings: dict[fx.Node, SoftRounding] = {}
+        bits = []
+        for node in unit.weights:
+            module = program.fake_quant(node)
+            assert module is not None
+            self.roundings[node] = SoftRounding(weight_of(program, node), module)
+            bits.append(module.spec.bits)
+        self.steps = settings.steps_for(min(bits))
+        self.curve: list[tuple[int, float]] = []
+
+    def run(self, progress: bool) -> int:
+        """Take the steps; returns how many."""
+        alphas = [item.alpha for item in self.roundings.values()]
+        rate = self.settings.rate_for(self.steps)
+        optimizer = torch.optim.Adam(alphas, lr=rate, fused=alphas[0].device.type in ("cpu", "cuda"))
+        interval = max(self.steps // POINTS, 1)
+        for step in track(range(self.steps), self._text, show=progress):
+            is_shown = step % interval == 0 or step == self.steps - 1
+            beta = self.settings.beta_at(step, self.steps)
+            loss = self._step(beta, is_shown)
+            optimizer.step()
+            if loss is not None:
+                self.curve.append((step, loss))
+                if self.settings.early_stop and beta is not None and self._is_hard():
+                    return step + 1
+        return self.steps
+
+    def _step(self, beta: float | None, wants_loss: bool) -> float | None:
+        """Leave the gradients of one step in the alphas; returns the loss if it is wanted."""
+        count = min(self.settings.batch_size, self.samples.count)
+        index = torch.randperm(self.samples.count, generator=self.generator)[:count]
+        inputs, target = self.samples.of(index.to(self.samples.targets.device))
+        weights = {node: item.weight() for node, item in self.roundings.items()}
+        output = self._output(self.dropping, inputs, weights)
+        difference = output.detach() - target
+        share = target.shape[self.unit.channel_axis] / target.numel()
+        grads = torch.autograd.grad(output, list(weights.values()), difference * (2 * share))
+        for item, grad in zip(self.roundings.values(), grads, strict=True):
+            item.backward(grad, beta, self.settings.regularization)
+        if not wants_loss:
+            return None
+        exponent = self.settings.beta_start if beta is None else beta
+        rest = sum(item.regulariser(exponent) for item in self.roundings.values())
+        return float(difference.square_().sum()) * share + self.settings.regularization * rest
+
+    def _output(
+        self, segment: Segment, inputs: Mapping[fx.Node, torch.Tensor], weights: Mapping[fx.Node, torch.Tensor]
+    ) -> torch.Tensor:
+        typed = {node: weight.to(weight_of(self.program, node).dtype) for node, weight in weights.items()}
+        output: torch.Tensor = segment.run({**inputs, **typed})[self.unit.output]
+        return output
+
+    def error(self, codes: Mapping[fx.Node, torch.Tensor]) -> float:
+        """Squared error of the output with these codes on all samples, over the squared target."""
+        weights = {node: item.real(codes[node]) for node, item in self.roundings.items()}
+        error = power = 0.0
+        with torch.no_grad():
+            for first in range(0, self.samples.count, self.settings.batch_size):
+                inputs, target = self.samples.of(slice(first, first + self.settings.batch_size))
+                output = self._output(self.segment, inputs, weights)
+                error += float((output - target).double().square_().sum())
+                power += float(target.double().square_().sum())
+        return error / power if power else error
+
+    def _is_hard(self) -> bool:
+        return all(item.is_hard() for item in self.roundings.values())
+
+    def _text(self) -> str:
+        loss = f", loss {self.curve[-1][1]:.3g}" if self.curve else ""
+        return f"rounding of {self.unit.name}{loss}"
+
+
+def _seed(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")

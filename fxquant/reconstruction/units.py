@@ -1,0 +1,47 @@
+"""Unit: a part of the graph that is reconstructed at once, a layer or a block."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxquant.graph.program import Program, value_type
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Values that come in, weights whose rounding is learned, and the one value that is to be as in float.
+
+    Arguments:
+        name: of the unit, for messages, files and its seed: a node's, or a module path.
+        weights: the nodes that call the weights' FakeQuants, each read by one layer of the unit.
+        inputs: values, known from the quantized program, that the unit reads from outside.
+        output: the value that is compared with the float program's.
+        channel_axis: of the output: squared errors are summed along it, and averaged over all else.
+    """
+
+    name: str
+    weights: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    output: fx.Node
+    channel_axis: int
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether it has one weight."""
+        return len(self.weights) == 1
+
+
+def weight_of(program: Program, quantizer: fx.Node) -> torch.Tensor:
+    """The weight that a FakeQuant's node reads."""
+    source = quantizer.args[0]
+    assert isinstance(source, fx.Node)
+    return program.tensor(source)
+
+
+def channel_axis_of(output: fx.Node) -> int:
+    """The channels of images and volumes lie on axis 1, those of everything else on the last one."""
+    found = value_type(output)
+    return 1 if found is not None and len(found.shape) >= 4 else -1

@@ -1,0 +1,48 @@
+"""Learn whether each weight of a layer is rounded up or down, so that the layer's output stays as in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fxquant.graph.program import Program
+from fxquant.graph.rewriter import Rewriter
+from fxquant.ops.base import Role
+from fxquant.reconstruction import Unit
+from fxquant.reconstruction.units import channel_axis_of
+
+from .quantized_layers import QuantizedLayer
+from .rounding_run import LearnsRounding
+from .values import role_of
+
+
+@dataclass(frozen=True)
+class AdaRound(LearnsRounding):
+    """AdaRound (Nagel 2020, arXiv:2004.10568): layer by layer, in graph order, each on the inputs that the layers
+    before it, already rounded, give; against the layer's output in float. Grids stay as calibrated; biases too.
+
+    1. The activation behind a layer counts, if it alone reads the layer: what a relu cuts off may be wrong.
+    2. Otherwise the layer's own output does.
+
+    3. Where on the samples rounding to nearest is no worse, that is kept (a near miss, with both errors): no layer's
+       output error grows. Either way the weight lies on its grid, which is frozen.
+
+    Declines, with the reason: what `quantized_layers` declines; a layer whose inputs and outputs have no common number
+    of samples along axis 0, or sizes that differ from batch to batch. Contract: QUANTIZES.
+    """
+
+    name: ClassVar[str] = "adaround"
+
+    def units(self, program: Program, rewriter: Rewriter, layers: Sequence[QuantizedLayer]) -> Iterable[Unit]:
+        """One for each layer."""
+        return [layer_unit(program, layer) for layer in layers]
+
+
+def layer_unit(program: Program, layer: QuantizedLayer) -> Unit:
+    """A layer with the activation that alone reads it (case 1), or without (case 2)."""
+    output = layer.node
+    readers = list(output.users)
+    if len(readers) == 1 and role_of(program, readers[0]) is Role.ACTIVATION:
+        output = readers[0]
+    return Unit(layer.node.name, (layer.quantizer,), (layer.input,), output, channel_axis_of(layer.node))
