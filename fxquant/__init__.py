@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from fxquant.analysis import AnalysisReport, analyze
 from fxquant.calibration import calibrate
 from fxquant.capture import capture
 from fxquant.encodings import LoadedEncodings, load_encodings, save_encodings
@@ -25,10 +26,22 @@ from fxquant.training.distributed import synchronise
 from fxquant.training.history import EpochRecord, TrainingResult
 from fxquant.training.parameter_groups import parameter_groups
 from fxquant.training.schedule_runner import ScheduleRunner
+from fxquant.tuning.auto_quant import auto_quantize
+from fxquant.tuning.auto_quant_result import AutoQuantResult
+from fxquant.tuning.auto_quant_steps import AddedPass, Step, default_steps
+from fxquant.tuning.candidates import Candidate
+from fxquant.tuning.criterion import Drop
+from fxquant.tuning.mixed_precision import tune_precision
+from fxquant.tuning.result import TuningResult
 
 __version__ = version("fxquant")
 
 __all__ = [
+    "AddedPass",
+    "AnalysisReport",
+    "AutoQuantResult",
+    "Candidate",
+    "Drop",
     "Encoding",
     "EpochRecord",
     "FxquantError",
@@ -47,12 +60,17 @@ __all__ = [
     "ScheduleRunner",
     "SpecOverride",
     "Stage",
+    "Step",
     "Strategy",
     "Target",
     "TrainingResult",
+    "TuningResult",
+    "analyze",
+    "auto_quantize",
     "calibrate",
     "capture",
     "check_parity",
+    "default_steps",
     "export_onnx",
     "load_encodings",
     "load_pipeline",
@@ -63,4 +81,5 @@ __all__ = [
     "strategies",
     "synchronise",
     "train_qat",
+    "tune_precision",
 ]

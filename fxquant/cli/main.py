@@ -1,4 +1,4 @@
-"""The command line: demo, show, diff, quantize, parity."""
+"""The command line: demo, show, diff, quantize, parity, analyze, autoquant, tune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 
-from fxquant.cli import commands
+from fxquant.cli import analyze, auto_quant, commands, tune
 from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, positive
 from fxquant.encodings import VERSIONS
 from fxquant.errors import FxquantError
@@ -67,6 +67,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_diff(commands_)
     _add_quantize(commands_)
     _add_parity(commands_)
+    analyze.add(commands_)
+    auto_quant.add(commands_)
+    tune.add(commands_)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Searches over pipelines: AutoQuant, and accuracy-driven mixed precision."""

@@ -1,0 +1,74 @@
+"""What the tests of the analysis share: small calibrated programs, and a report that needs no analysis."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+import fxquant
+from fxquant.analysis import AnalysisReport, Score, UnitRow, ValueRow
+from fxquant.analysis.report import HistogramRow
+from fxquant.graph.pipeline import parse_pipeline
+from fxquant.graph.program import Program
+from tests import preset_nets
+
+NETS = ("residual", "plain", "depthwise", "attention", "decoder")
+
+
+def packaged_text(preset: str) -> str:
+    """The text of a packaged pipeline."""
+    return resources.files("fxquant.configs").joinpath(f"{preset}.toml").read_text()
+
+
+def prepared(name: str, *rules: str, preset: str = "int8_per_channel") -> Program:
+    """A small net prepared by a packaged pipeline with placement rules."""
+    text = packaged_text(preset)
+    marker = '[[prepare]]\npass = "assign-specs"\n'
+    assert marker in text
+    pipeline = parse_pipeline(
+        text.replace(marker, f"{marker}rules = [{', '.join(rules)}]\n"), name="test", place="test"
+    )
+    program = fxquant.capture(preset_nets.net(name), preset_nets.batches(name)[0])
+    pipeline.prepare(program)
+    return program
+
+
+def calibrated(name: str, *rules: str, preset: str = "int8_per_channel") -> Program:
+    """The same, calibrated; a copy of its own for each caller."""
+    return _calibrated(name, rules, preset).copy()
+
+
+@cache
+def _calibrated(name: str, rules: tuple[str, ...], preset: str) -> Program:
+    program = prepared(name, *rules, preset=preset)
+    fxquant.calibrate(program, preset_nets.batches(name))
+    return program
+
+
+def synthetic(layers: int, name: str = "net") -> AnalysisReport:
+    """A report of so many layers, each with a weight and an activation; `name` begins every name in it."""
+    units = tuple(
+        UnitRow(
+            f"{name}_{index}", f"{name}.{index}", "convolution", (f"{name}_{index}_weight",), (f"{name}_{index}_out",),
+            "w8 a8", 0, Score(30.0 + index % 7, 1.0), Score(20.0, 0.5), 0.01 * (index % 13), 0.005 * (index % 5 - 1),
+        )
+        for index in range(layers)
+    )  # fmt: skip
+    values = tuple(
+        _value(f"{name}_{index}_{kind}", role, f"{name}_{index}", index)
+        for index in range(layers)
+        for kind, role in (("weight", "weight"), ("out", "activation"))
+    )
+    scores = Score(float("inf"), 1.0), Score(20.0, 0.5), Score(30.0, 0.9), Score(25.0, 0.75)
+    return AnalysisReport(name, "calibrated", 2, 8, "sqnr", *scores, units, values, (f"a note on {name}",))
+
+
+def _value(value: str, kind: str, unit: str, index: int) -> ValueRow:
+    is_weight = kind == "weight"
+    channels = tuple(0.1 * (channel % 5 + 1) for channel in range(16)) if is_weight else ()
+    accumulated = (None, None) if is_weight else (30.0 - index % 9, 0.2)
+    return ValueRow(
+        value, kind, unit, unit, "u8 asymmetric per-tensor", 8, "", 40.0 + index % 5, 0.01, *accumulated, -1.0, 2.0,
+        -1.1, 2.1, 0.01, 0.01, 100, 100, 0.001, 200, 256, 16, (3,), 7.5, tuple(-x for x in channels), channels,
+        HistogramRow(-1.0, 0.1, tuple(range(30))),
+    )  # fmt: skip

@@ -1,0 +1,101 @@
+"""`fxquant analyze`, run as a user would: on a model file and arrays in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fxquant.analysis import AnalysisReport
+from fxquant.cli.main import main
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+def make_net():
+    torch.manual_seed(0)
+    return Net()
+
+def score(model):
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    return float(model(x).abs().mean())
+
+def broken(model):
+    raise ValueError("no images")
+
+def empty(model):
+    return float("nan")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model file and data, as the working directory."""
+    (tmp_path / "model.py").write_text(MODEL)
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_analyze_writes_a_table_json_and_a_page(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["analyze", "model.py:make_net", "--data", "images.npy", "--evaluate", "model.py:score", "--out", "out"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "12 samples in 2 batches; damage by evaluate" in printed and "rules = [" in printed
+    assert printed.endswith("wrote out/analysis.json, out/analysis.html\n")
+    report = AnalysisReport.from_dict(json.loads((folder / "out" / "analysis.json").read_text()))
+    assert {row.name for row in report.units} == {"x", "conv", "mean_pool", "fc"}
+    assert (folder / "out" / "analysis.html").read_text().startswith("<!doctype html>")
+    assert main([*arguments, "--resume", "--json", "-"]) == 0
+    assert AnalysisReport.from_dict(json.loads(capsys.readouterr().out)) == report
+    assert main(arguments) == 0  # without --resume it begins anew
+
+
+def test_analyze_reads_a_saved_program_and_needs_no_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "model.py:make_net", "--data", "images.npy", "--out", "out"]) == 0
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    assert main(["analyze", "out/model.fxq", "--data", "images.npy", "--max-batches", "1", "--top", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "(stage finalized), 8 samples in 1 batch;" in printed and "3 more layers do less harm" in printed
+    assert sorted(path for path in folder.rglob("*") if "__pycache__" not in str(path)) == [
+        path for path in before if "__pycache__" not in str(path)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["model.py:make_net", "--evaluate", "model.py:broken"], "evaluate 'model.py:broken' raised"),
+        (
+            ["model.py:make_net", "--evaluate", "model.py:empty"],
+            "the score of 'float'; expected a finite number; got nan",
+        ),
+        (["model.py:make_net", "--evaluate", "model.py:scor"], "expected an attribute 'scor'"),
+        (["model.py:make_net", "--resume"], "analyze --resume; expected --out"),
+        (["model.onnx"], "model 'model.onnx'"),
+        (["none.fxq", "--config", "int8_per_tensor"], "expected no --config; got --config int8_per_tensor"),
+        (["model.py:make_net", "--config", "int8_per_tenso"], "Did you mean 'int8_per_tensor'"),
+        (["model.py:make_net", "--out", "model.py"], "folder 'model.py' cannot be written to"),
+    ],
+)
+def test_analyze_says_what_is_wrong_in_one_line(
+    folder: Path, arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyze", *arguments, "--data", "images.npy"]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1

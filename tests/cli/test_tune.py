@@ -1,0 +1,96 @@
+"""`fxquant tune`: criteria as text, files, and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fxquant.cli.main import main
+from fxquant.cli.tune import criterion_of
+from fxquant.tuning.criterion import Drop
+
+CODE = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+def make():
+    torch.manual_seed(0)
+    return Net().eval()
+
+X = torch.linspace(-1, 1, 4 * 64).reshape(4, 1, 8, 8)
+
+def closeness(model):
+    with torch.no_grad():
+        expected = make()(X)
+    return 1 - float(((model(X) - expected) ** 2).sum() / (expected ** 2).sum())
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    (tmp_path / "tuned_net.py").write_text(CODE)
+    data = np.linspace(-1, 1, 4 * 64, dtype=np.float32).reshape(4, 1, 8, 8)
+    np.save(tmp_path / "x.npy", data)
+    model = f"{tmp_path / 'tuned_net.py'}:"
+    options = ["--data", str(tmp_path / "x.npy"), "--evaluate", f"{model}closeness", "--out", str(tmp_path / "out")]
+    return ["tune", f"{model}make", *options, "--candidates", "int8_per_channel"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1%", Drop(0.01, relative=True)),
+        ("0.5%", Drop(0.005, relative=True)),
+        ("0.01", Drop(0.01)),
+        ("0", Drop(0.0)),
+        (">=0.85", 0.85),
+        (">= -3", -3.0),
+    ],
+)
+def test_criterion_is_read(text: str, expected: float | Drop) -> None:
+    assert criterion_of(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "%", "-1%", "-0.1", "nan", ">=nan", ">=1%", "<=0.8", "one", ">=", "inf"])
+def test_criterion_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a drop of 0 or more"):
+        criterion_of(text)
+
+
+def test_files_are_written_and_the_criterion_is_met(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, "--criterion", "5%"]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"model.onnx", "model.fxq", "model.toml", "tuning.json", "front.svg", "search"} <= names
+    assert {path.name for path in (tmp_path / "out" / "search").iterdir()} >= {"trials.json", "chosen.toml"}
+    text = capsys.readouterr().out
+    assert "criterion (a drop of 5 %" in text and "check it: fxquant parity" in text
+    assert main([*arguments, "--criterion", "5%"]) == 2  # a search is there
+    assert "resume=True continues that run" in capsys.readouterr().err
+    assert main([*arguments, "--criterion", ">=2", "--resume"]) == 1  # no model is that good
+    assert "NOT met" in capsys.readouterr().out
+    assert main(["parity", str(tmp_path / "out" / "model.onnx"), "--data", str(tmp_path / "x.npy")]) == 0
+
+
+def test_unknown_candidate_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments[:-1], "int8", "--criterion", "5%"]) == 2
+    assert "candidate 'int8' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("extra", [["--criterion", "a lot"], ["--criterion", "1%", "--cost", "energy"], []])
+def test_wrong_options_are_usage_errors(arguments: list[str], extra: list[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main([*arguments, *extra])
+    assert raised.value.code == 2

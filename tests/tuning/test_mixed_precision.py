@@ -1,0 +1,291 @@
+"""tune_precision: meets the criterion at the least cost, and its file makes the same codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import nn
+
+import fxquant
+from fxquant.errors import ConfigError, FxquantError, PassError, StorageError
+from fxquant.evaluation import lowered
+from fxquant.tuning.criterion import Drop
+from fxquant.tuning.mixed_precision import tune_precision
+from fxquant.tuning.probe import Setting
+from fxquant.tuning.result import TriedConfiguration, TuningResult
+from tests.preset_nets import batches as noise
+from tests.preset_nets import net
+from tests.tuning.mixed_nets import KILL, RELATIVE, Counting, accuracy, batches, example, wild_net
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tune(evaluate: Any = accuracy, **options: Any) -> TuningResult:
+    options = {"criterion": RELATIVE, "progress": False, **options}
+    return tune_precision(options.pop("model", None) or wild_net(), example(), batches(), evaluate, **options)
+
+
+@pytest.fixture(scope="module")
+def tuned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningResult, Path]:
+    folder = tmp_path_factory.mktemp("tuning")
+    return tune(folder=folder), folder
+
+
+def uniform(result: TuningResult, name: str) -> TriedConfiguration:
+    found = result.trial(name)
+    assert found is not None and found.score is not None and found.cost is not None
+    return found
+
+
+def test_criterion_that_int8_misses_is_met_below_the_cost_of_float(tuned: tuple[TuningResult, Path]) -> None:
+    result, _ = tuned
+    assert (uniform(result, "int8_per_channel").score or 0) < result.threshold
+    assert result.met and result.score >= 0.99 * result.float_score
+    assert result.cost < 0.1 * (uniform(result, "float").cost or 0)
+    assert result.cost < (uniform(result, "int16_activations").cost or 0)
+
+
+def test_most_groups_stay_int8_and_the_exception_reads_the_wild_value(tuned: tuple[TuningResult, Path]) -> None:
+    result, _ = tuned
+    found = dict(zip((group.name for group in result.groups), result.chosen.assignment, strict=True))
+    assert found.pop("conv3") == "int16_activations"
+    assert set(found.values()) == {"int8_per_channel"}
+
+
+def test_baselines_are_tried_first(tuned: tuple[TuningResult, Path]) -> None:
+    names = [trial.name for trial in tuned[0].trials]
+    assert names[:4] == ["float", "int8_per_channel", "int8_per_tensor", "int16_activations"]
+
+
+def test_saved_config_makes_the_same_codes(tuned: tuple[TuningResult, Path], tmp_path: Path) -> None:
+    result, folder = tuned
+    pipeline = fxquant.load_pipeline(folder / "chosen.toml")
+    sim = fxquant.QuantSim(wild_net(), example(), pipeline)
+    sim.compute_encodings(batches(), progress=False)
+    again, final = sim.snapshot(), lowered(result.program, result.pipeline)
+    assert again.fingerprint() == final.fingerprint()
+    path = result.export(tmp_path / "out")
+    final.simulate = again.simulate = "exact"
+    report = fxquant.check_parity(again, path, batches()[:1])
+    assert not report.fault
+    assert (tmp_path / "out" / "model.toml").read_text() == (folder / "chosen.toml").read_text()
+
+
+def test_all_int8_neighbours_run_on_integers(tuned: tuple[TuningResult, Path]) -> None:
+    result, _ = tuned
+    rows = {row.value: row for row in result.program.coverage().rows}
+    assert rows["relu_1"].spec is not None and rows["relu_1"].spec.bits == 16  # the wild value
+    eights = [row for row in rows.values() if row.spec is not None and row.spec.bits == 8]
+    assert len(eights) == 12  # five weights, the input, and six values behind the other operations
+    assert rows["conv3_bias"].spec is None
+
+
+def test_table_names_the_criterion_the_choice_and_its_exceptions(tuned: tuple[TuningResult, Path]) -> None:
+    text = str(tuned[0])
+    assert "criterion (a drop of 1 %, score of at least 0.9405; float 0.95) met: 'search" in text
+    assert "<- chosen" in text and "100.0%" in text
+    assert text.endswith("int8_per_channel, but for 1 of 5 groups:\n  int16_activations: conv3")
+
+
+def test_saved_files_hold_every_configuration_and_the_front(tuned: tuple[TuningResult, Path]) -> None:
+    result, folder = tuned
+    content = json.loads((folder / "tuning.json").read_text())
+    assert [trial["name"] for trial in content["trials"]] == [trial.name for trial in result.trials]
+    assert [trial["name"] for trial in content["trials"] if trial["front"]] == [
+        trial.name for trial in result.trials if trial in result.front
+    ]
+    root = ElementTree.fromstring((folder / "front.svg").read_text())
+    assert len(root.findall("{*}circle")) == len(result.trials)
+    (chosen,) = [item for item in root.findall("{*}circle") if item.get("class") == "chosen"]
+    assert result.chosen.name in "".join(chosen.itertext())
+
+
+@pytest.mark.slow
+def test_same_search_twice_gives_the_same_trials(tuned: tuple[TuningResult, Path]) -> None:
+    again = tune()
+    assert [(trial.assignment, trial.score, trial.cost) for trial in again.trials] == [
+        (trial.assignment, trial.score, trial.cost) for trial in tuned[0].trials
+    ]
+    assert again.pipeline.to_toml() == tuned[0].pipeline.to_toml()
+
+
+@pytest.mark.slow
+def test_without_16_bits_both_sides_of_the_wild_value_are_left_in_float() -> None:
+    result = tune(candidates=("int8_per_channel",))
+    floats = [
+        group.name for group, name in zip(result.groups, result.chosen.assignment, strict=True) if name == "float"
+    ]
+    assert result.met and floats == ["conv2", "conv3"]
+
+
+@pytest.mark.slow
+def test_4_bit_weights_are_taken_where_they_do_no_harm() -> None:
+    result = tune(candidates=("float", "int16_activations", "int8_per_channel", "w4a8"))
+    assert result.met and result.chosen.assignment.count("w4a8") >= 3
+    assert result.cost < 0.055 * (uniform(result, "float").cost or 0)
+
+
+def test_resumed_search_evaluates_nothing_twice(tuned: tuple[TuningResult, Path]) -> None:
+    result, folder = tuned
+    counting = Counting()
+    again = tune(counting, folder=folder, resume=True)
+    assert counting.calls == 0
+    assert again.trials == result.trials
+    assert (
+        lowered(again.program, again.pipeline).fingerprint() == lowered(result.program, result.pipeline).fingerprint()
+    )
+
+
+def test_resumed_search_may_have_another_criterion(tuned: tuple[TuningResult, Path]) -> None:
+    counting = Counting()
+    again = tune(counting, folder=tuned[1], resume=True, criterion=0.9)
+    assert again.met and again.chosen.name == "int8_per_channel"
+    assert counting.calls == 0
+
+
+@pytest.mark.slow
+def test_killed_search_goes_on(tmp_path: Path, tuned: tuple[TuningResult, Path]) -> None:
+    command = [sys.executable, "-m", "tests.tuning.mixed_nets", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, KILL: "4"}, capture_output=True)
+    assert done.returncode == -9, done.stderr
+    records = json.loads((tmp_path / "trials.json").read_text())["records"]
+    finished = [key for key in records if key.startswith("configuration")]
+    assert len(finished) == 3  # and the float model's score
+    counting = Counting()
+    again = tune(counting, folder=tmp_path, resume=True)
+    assert counting.calls == len(tuned[0].trials) - 3
+    assert again.pipeline.to_toml() == tuned[0].pipeline.to_toml()
+
+
+def test_folder_of_another_search_is_refused(tuned: tuple[TuningResult, Path]) -> None:
+    with pytest.raises(StorageError, match="is there already"):
+        tune(folder=tuned[1])
+    with pytest.raises(StorageError, match="of another run: candidates"):
+        tune(folder=tuned[1], resume=True, candidates=("w4a8",))
+
+
+def test_unreachable_criterion_is_reported_and_the_best_is_kept() -> None:
+    result = tune(criterion=0.999, evaluate_on="float", candidates=("int8_per_channel",))
+    assert not result.met
+    assert result.score == max(trial.score or 0 for trial in result.trials)
+    text = str(result)
+    assert "NOT met" in text
+    assert "not even the model with all groups in float, run in the same way, meets it: it scored 0.95" in text
+
+
+def test_spent_budget_is_reported() -> None:
+    result = tune(max_trials=5, evaluate_on="float")
+    assert len(result.trials) == 5 and not result.is_complete
+    assert "the search ended at its budget of 5 configurations" in str(result)
+    assert result.met  # by 16 bits
+
+
+def test_noise_of_evaluate_is_the_same_in_each_run() -> None:
+    def noisy(model: Any) -> float:
+        return accuracy(model) + 0.001 * float(torch.rand(()))
+
+    one, other = (tune(noisy, max_trials=2, evaluate_on="float") for _ in range(2))
+    assert [trial.score for trial in one.trials] == [trial.score for trial in other.trials]
+
+
+def test_configuration_that_the_pipeline_refuses_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Setting.program
+
+    def refuse(self: Setting, assignment: tuple[str, ...], name: str = "tuned") -> Any:
+        if "w4a8" in assignment:
+            raise PassError("assign-specs: no 4 bits here")
+        return make(self, assignment, name)
+
+    monkeypatch.setattr(Setting, "program", refuse)
+    result = tune(candidates=("int16_activations", "w4a8"), evaluate_on="float", max_trials=6)
+    failed = result.trial("w4a8")
+    assert failed is not None and failed.score is None and failed.reason == "assign-specs: no 4 bits here"
+    assert "failed" in str(result) and result.met
+    assert not any("w4a8" in trial.assignment for trial in result.trials if trial is not failed)
+
+
+@pytest.mark.slow
+def test_latency_is_measured_beside_float() -> None:
+    result = tune(criterion=0.5, cost="latency", candidates=("int8_per_channel",))
+    assert result.met and result.cost > 0
+    assert all(trial.spread >= 0 and (trial.cost or 0) > 0 for trial in result.trials)
+    assert "medians of runs in turns with float's; spread at most" in str(result) and " ms" in str(result)
+    cheapest = min(trial.cost or 0 for trial in result.trials if (trial.score or 0) >= 0.5)
+    assert result.cost == cheapest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["residual", "depthwise", "dense", "attention", "decoder"])
+def test_every_structure_is_tuned_and_reproduced(name: str, tmp_path: Path) -> None:
+    data, model = noise(name), net(name)
+    with torch.no_grad():
+        expected = model(data[0])
+
+    def sqnr(found: Any) -> float:
+        return float(10 * torch.log10((expected**2).sum() / ((found(data[0]) - expected) ** 2).sum().clamp(1e-20)))
+
+    result = tune_precision(model, data[0], data, sqnr, criterion=40.0, folder=tmp_path, max_trials=12, progress=False)
+    assert uniform(result, "float").score is not None
+    pipeline = fxquant.load_pipeline(tmp_path / "chosen.toml")
+    sim = fxquant.QuantSim(model, data[0], pipeline)
+    sim.compute_encodings(data, progress=False)
+    assert sim.snapshot().fingerprint() == lowered(result.program, result.pipeline).fingerprint()
+    path = result.export(tmp_path / "out")
+    assert not fxquant.check_parity(sim.snapshot(), path, data[:1]).fault
+
+
+class Nothing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(x)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"criterion": float("nan")}, "criterion|target"),
+        ({"candidates": ("int7",)}, "candidate 'int7' is unknown"),
+        ({"candidates": ()}, "one besides float"),
+        ({"candidates": ("float",)}, "one besides float"),
+        ({"candidates": "int8_per_channel"}, "several names"),
+        ({"candidates": ("w4a8", "w4a8")}, "'w4a8' twice"),
+        ({"cost": "energy"}, "cost='energy'"),
+        ({"max_trials": 0}, "max_trials"),
+        ({"sensitivity_batches": 0}, "sensitivity_batches"),
+        ({"resume": True}, "resume=True.*expected folder="),
+        ({"resume": True, "overwrite": True}, "resume or overwrite"),
+        ({"evaluate_on": "gpu"}, "evaluate_on='gpu'"),
+        ({"seed": -1}, "tune_precision: seed"),
+        ({"config": "int9"}, "pipeline 'int9' is unknown"),
+        ({"model": Nothing()}, "operations that the config quantizes"),
+    ],
+)
+def test_wrong_argument_is_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        tune(**options)
+
+
+@pytest.mark.parametrize("given", [torch.zeros(1, 1, 8, 8), []])
+def test_wrong_batches_are_refused(given: Any) -> None:
+    with pytest.raises(ConfigError, match="tune_precision: batches"):
+        tune_precision(wild_net(), example(), given, accuracy, criterion=Drop(0.1), progress=False)
+
+
+def test_score_that_is_no_number_is_refused() -> None:
+    with pytest.raises(FxquantError, match="tune_precision: score of the float model.*finite"):
+        tune(lambda model: float("nan"))
