@@ -42,11 +42,11 @@ def export_float(model: nn.Module, images: Tensor, path: Path) -> None:
         )
 
 
-def quantize_statically(float_path: Path, path: Path, images: Tensor) -> None:
+def quantize_statically(float_path: Path, path: Path, images: Tensor, per_channel: bool = True) -> None:
     """onnxruntime's own post-training quantization, at its best known setting for this processor.
 
-    Shape inference and graph optimisation first, QDQ format, u8 activations and s8 weights per channel, min-max over
-    `images` one by one.
+    Shape inference and graph optimisation first, QDQ format, u8 activations and s8 weights, per channel unless told
+    otherwise, min-max over `images` one by one.
     """
     prepared = path.with_suffix(".prepared.onnx")
     with quiet_quantizer():
@@ -56,7 +56,7 @@ def quantize_statically(float_path: Path, path: Path, images: Tensor) -> None:
             path,
             ImageReader(images),
             quant_format=QuantFormat.QDQ,
-            per_channel=True,
+            per_channel=per_channel,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,

@@ -40,11 +40,11 @@ class Contender:
 
     def step(self) -> float:
         """Seconds of one training step."""
-        return float(self._ask("step"))
+        return float(self.ask("step"))
 
     def peak(self) -> int:
         """Most bytes that it held since it was ready."""
-        return int(self._ask("peak"))
+        return int(self.ask("peak"))
 
     def close(self) -> None:
         """End it, whatever it does."""
@@ -53,7 +53,8 @@ class Contender:
             _pipe(pipe).close()
         self.process.wait()
 
-    def _ask(self, request: str) -> str:
+    def ask(self, request: str) -> str:
+        """Its answer to a request, one line; ContenderFailed if it has none."""
         try:
             print(request, file=_pipe(self.process.stdin), flush=True)
         except BrokenPipeError as error:
