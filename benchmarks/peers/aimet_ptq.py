@@ -129,8 +129,11 @@ def with_plain_padding(net: nn.Module) -> nn.Module:
 
 
 def _padded(conv: SamePadConv2d) -> nn.Module:
-    sizes: Any = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-    plain = nn.Conv2d(*sizes, groups=conv.groups, bias=False)
+    size: Any
+    stride: Any
+    padding: Any
+    size, stride, padding = conv.kernel_size, conv.stride, conv.padding
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, size, stride, padding, groups=conv.groups, bias=False)
     plain.weight = conv.weight
     outside: Any = tuple(conv.outside)
     return nn.Sequential(nn.ZeroPad2d(outside), plain) if outside else plain
