@@ -10,8 +10,8 @@ from fxquant.graph.program import Program
 from fxquant.graph.rewriter import Rewriter
 from fxquant.ops.base import Role
 from fxquant.reconstruction import Unit
-from fxquant.reconstruction.units import channel_axis_of
 
+from .layers import CONVOLUTIONS
 from .quantized_layers import QuantizedLayer
 from .rounding_run import LearnsRounding
 from .values import role_of
@@ -28,6 +28,9 @@ class AdaRound(LearnsRounding):
     3. Where on the samples rounding to nearest is no worse, that is kept (a near miss, with both errors): no layer's
        output error grows. Either way the weight lies on its grid, which is frozen.
 
+    4. A convolution with a larger output than `positions` is compared at so many positions of each sample, drawn once:
+       neighbours say nearly the same, and a step costs as much on the first maps as on the last.
+
     Declines, with the reason: what `quantized_layers` declines; a layer whose inputs and outputs have no common number
     of samples along axis 0, or sizes that differ from batch to batch. Contract: QUANTIZES.
     """
@@ -36,13 +39,14 @@ class AdaRound(LearnsRounding):
 
     def units(self, program: Program, rewriter: Rewriter, layers: Sequence[QuantizedLayer]) -> Iterable[Unit]:
         """One for each layer."""
-        return [layer_unit(program, layer) for layer in layers]
+        return [layer_unit(program, layer, self.positions) for layer in layers]
 
 
-def layer_unit(program: Program, layer: QuantizedLayer) -> Unit:
+def layer_unit(program: Program, layer: QuantizedLayer, positions: int | None = None) -> Unit:
     """A layer with the activation that alone reads it (case 1), or without (case 2)."""
     output = layer.node
     readers = list(output.users)
     if len(readers) == 1 and role_of(program, readers[0]) is Role.ACTIVATION:
         output = readers[0]
-    return Unit(layer.node.name, (layer.quantizer,), (layer.input,), output, channel_axis_of(layer.node))
+    axis = 1 if layer.node.target in CONVOLUTIONS else -1
+    return Unit(layer.node.name, (layer.quantizer,), (layer.input,), output, axis, positions)

@@ -57,7 +57,7 @@ class ReconstructBlocks(LearnsRounding):
         found = self._named(program, rewriter, layers) if self.blocks else find_blocks(program, layers, self.largest)
         units = list(found)
         inside = {weight for unit in units for weight in unit.weights}
-        units += [layer_unit(program, layer) for layer in layers if layer.quantizer not in inside]
+        units += [layer_unit(program, layer, self.positions) for layer in layers if layer.quantizer not in inside]
         order = {node: index for index, node in enumerate(program.graph.nodes)}
         return sorted(units, key=lambda unit: order[unit.output])
 

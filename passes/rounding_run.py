@@ -33,6 +33,7 @@ class LearnsRounding(Pass):
         beta_start, beta_end: exponent of that term, which falls along a half cosine.
         warm_start: the part of the iterations before that term counts.
         early_stop: end a unit as soon as every number has chosen for good.
+        positions: of the output of a convolution that is learned alone, drawn for each sample; None: all.
         cache_mb: megabytes for the inputs and float outputs of one unit: samples beyond are left out.
         seed: of the samples of each step.
     """
@@ -45,6 +46,7 @@ class LearnsRounding(Pass):
     beta_end: float = 2.0
     warm_start: float = 0.2
     early_stop: bool = True
+    positions: int | None = 256
     cache_mb: int = 1024
     seed: int = 0
 
@@ -53,6 +55,8 @@ class LearnsRounding(Pass):
 
     def __post_init__(self) -> None:
         self.settings()
+        if self.positions is not None and self.positions < 1:
+            raise FxquantError("option 'positions'", expected="at least 1, or None", got=str(self.positions))
         if self.cache_mb < 1:
             raise FxquantError("option 'cache_mb'", expected="at least 1", got=str(self.cache_mb))
 
@@ -115,7 +119,7 @@ class LearnsRounding(Pass):
                 return found
             if reason:
                 rewriter.miss_option("resume", str(kept.folder), f"{unit.name} is learned anew: {reason}")
-        samples = collect(bench, rewriter.reference, unit, data.batches, self.cache_mb)
+        samples = collect(bench, rewriter.reference, unit, data.batches, self.cache_mb, self.seed)
         if isinstance(samples, str):
             return samples
         learned = reconstruct(bench, unit, samples, self.settings(), progress=data.progress)

@@ -10,7 +10,6 @@ round passes in float with probability `drop` instead (QDrop, Wei 2022, arXiv:22
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from fxquant.errors import FxquantError
 from fxquant.graph.program import Program
 from fxquant.graph.segment import Segment, in_eval_mode
 from fxquant.progress import track
-from fxquant.reconstruction.samples import Samples
+from fxquant.reconstruction.samples import Samples, generator_of, segment_of
 from fxquant.reconstruction.soft_rounding import SoftRounding
 from fxquant.reconstruction.units import Unit, weight_of
 
@@ -105,7 +104,7 @@ class Reconstruction:
         changed: how many numbers are not rounded to the nearest.
         iterations: as many as ran.
         seconds: they took.
-        samples: how many there were.
+        samples: how many there were (positions of maps count each).
         curve: iterations and the loss there (lambda r included, also during the warm start).
     """
 
@@ -181,9 +180,11 @@ class _Learner:
 
     def __init__(self, program: Program, unit: Unit, samples: Samples, settings: Settings) -> None:
         self.program, self.unit, self.samples, self.settings = program, unit, samples, settings
-        self.generator = torch.Generator().manual_seed(_seed(unit.name, settings.seed))
-        self.segment = Segment(program, [unit.output], (*unit.inputs, *unit.weights))
-        self.dropping = _Dropping(program, unit, settings.drop, self.generator)
+        self.generator = generator_of(unit.name, settings.seed)
+        self.segment = segment_of(program, unit, samples)
+        dropping = _Dropping(program, unit, settings.drop, self.generator)
+        self.dropping = dropping if settings.drop else self.segment
+        self.batch_size = settings.batch_size * samples.each
         self.roundings: dict[fx.Node, SoftRounding] = {}
         bits = []
         for node in unit.weights:
@@ -213,7 +214,7 @@ class _Learner:
 
     def _step(self, beta: float | None, wants_loss: bool) -> float | None:
         """Leave the gradients of one step in the alphas; returns the loss if it is wanted."""
-        count = min(self.settings.batch_size, self.samples.count)
+        count = min(self.batch_size, self.samples.count)
         index = torch.randperm(self.samples.count, generator=self.generator)[:count]
         inputs, target = self.samples.of(index.to(self.samples.targets.device))
         weights = {node: item.weight() for node, item in self.roundings.items()}
@@ -241,8 +242,8 @@ class _Learner:
         weights = {node: item.real(codes[node]) for node, item in self.roundings.items()}
         error = power = 0.0
         with torch.no_grad():
-            for first in range(0, self.samples.count, self.settings.batch_size):
-                inputs, target = self.samples.of(slice(first, first + self.settings.batch_size))
+            for first in range(0, self.samples.count, self.batch_size):
+                inputs, target = self.samples.of(slice(first, first + self.batch_size))
                 output = self._output(self.segment, inputs, weights)
                 error += float((output - target).double().square_().sum())
                 power += float(target.double().square_().sum())
@@ -254,8 +255,3 @@ class _Learner:
     def _text(self) -> str:
         loss = f", loss {self.curve[-1][1]:.3g}" if self.curve else ""
         return f"rounding of {self.unit.name}{loss}"
-
-
-def _seed(name: str, seed: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return int.from_bytes(digest[:7], "big")

@@ -85,7 +85,7 @@ class LayerProduct:
     def _unfold(self, x: torch.Tensor, kernel: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """The rows of one example: of all groups, or of so many at a time that they fit in a chunk."""
         stride, dilation = argument(self.node, "stride"), argument(self.node, "dilation")
-        x = self._spread(x, kernel) if self._is_transposed else F.pad(x, _pads(self.node, len(kernel)))
+        x = self._spread(x, kernel) if self._is_transposed else F.pad(x, pads_of(self.node, len(kernel)))
         for axis, size in enumerate(kernel):
             step = 1 if self._is_transposed else stride[axis]
             x = x.unfold(2 + axis, dilation[axis] * (size - 1) + 1, step)
@@ -117,7 +117,7 @@ class LayerProduct:
         return F.pad(spread, ends)  # a negative end cuts off
 
 
-def _pads(node: fx.Node, spatial: int) -> list[int]:
+def pads_of(node: fx.Node, spatial: int) -> list[int]:
     """The zeros around a convolution's input, as F.pad takes them: the last axis first."""
     padding: Any = list(argument(node, "padding"))
     begin, end = (padding[:spatial], padding[spatial:]) if node.target is PADDED_CONVOLUTION else (padding, padding)

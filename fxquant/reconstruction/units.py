@@ -20,6 +20,8 @@ class Unit:
         inputs: values, known from the quantized program, that the unit reads from outside.
         output: the value that is compared with the float program's.
         channel_axis: of the output: squared errors are summed along it, and averaged over all else.
+        positions: at how many positions of each sample the output is compared, where it is a layer whose output is
+            larger and can be had at single positions; None: at all.
     """
 
     name: str
@@ -27,11 +29,17 @@ class Unit:
     inputs: tuple[fx.Node, ...]
     output: fx.Node
     channel_axis: int
+    positions: int | None = None
 
     @property
     def is_layer(self) -> bool:
         """Whether it has one weight."""
         return len(self.weights) == 1
+
+    @property
+    def layer(self) -> fx.Node:
+        """Of a unit with one weight, the layer that reads it."""
+        return next(user for user in self.weights[0].users if user.args[1:2] == (self.weights[0],))
 
 
 def weight_of(program: Program, quantizer: fx.Node) -> torch.Tensor:
