@@ -5,8 +5,10 @@ or as onnxruntime runs it.
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +32,26 @@ def require_evaluated_on(on: str, thing: str, known: tuple[str, ...] = EVALUATED
     """Refuse an unknown name of what is evaluated on."""
     if on not in known:
         raise ConfigError(f"{thing}: evaluate_on='{on}'", remedy=nearest(on, known))
+
+
+def name_of(evaluate: Evaluate) -> str:
+    """What a run's record calls an `evaluate`, so that it is not continued with another: "package.module:name".
+
+    An object that is callable goes by its class, a partial by its function; a script that is run by its file's name.
+    """
+    while isinstance(evaluate, partial):
+        evaluate = evaluate.func
+    named = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
+    module = str(getattr(named, "__module__", ""))
+    return f"{_main_name() if module == '__main__' else module}:{named.__qualname__}"
+
+
+def _main_name() -> str:
+    """What the module that is run would be called if it were imported."""
+    main = sys.modules["__main__"]
+    if main.__spec__ is not None:
+        return main.__spec__.name
+    return Path(getattr(main, "__file__", None) or "__main__").stem
 
 
 def quantized(
@@ -66,20 +88,20 @@ def score_of(program: Program, evaluate: Evaluate, on: EvaluatedOn, thing: str) 
             "float": fake quantization, the fastest, for searches.
         thing: for messages ("train_qat: score after epoch 3").
 
-    Raises FxquantError for a score that is not finite.
+    Raises FxquantError for a score that is no number, or not finite.
     """
     if on == "onnxruntime":
         program.module.eval()
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
             path = Path(folder) / "model.onnx"
             export_onnx(program, path)
-            score = float(evaluate(LoweredModel(program, path)))
+            score = _number(evaluate(LoweredModel(program, path)), thing)
     else:
         before = program.simulate
         program.simulate = on
         try:
             with in_eval_mode(program.module), torch.no_grad():
-                score = float(evaluate(program.module))
+                score = _number(evaluate(program.module), thing)
         finally:
             program.simulate = before
     if not math.isfinite(score):
@@ -90,3 +112,13 @@ def score_of(program: Program, evaluate: Evaluate, on: EvaluatedOn, thing: str) 
             remedy="Does `evaluate` divide by the number of its samples, and are there any?",
         )
     return score
+
+
+def _number(found: Any, thing: str) -> float:
+    """What `evaluate` gave, as a float."""
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as err:  # RuntimeError: torch, of a tensor with several elements
+        got = "None" if found is None else f"{type(found).__name__}: {err}"
+        remedy = "`evaluate` must return one number: has each of its branches a `return`?"
+        raise FxquantError(thing, expected="a number", got=got, remedy=remedy) from err

@@ -43,7 +43,8 @@ class TrialLog:
             raise StorageError(
                 f"'{path}' is there already",
                 expected="a folder without an earlier run",
-                remedy="resume=True continues that run, overwrite=True removes it; or give another folder.",
+                remedy="resume=True (--resume) continues that run, overwrite=True (--overwrite) removes it; "
+                "or give another folder.",
             )
         self.records = self._read(path)
 
@@ -74,11 +75,14 @@ class TrialLog:
                 f"'{path}' is of another run: {key}",
                 expected=str(self.recipe.get(key)),
                 got=str(recipe.get(key)),
-                remedy="Give the same arguments as then, another folder, or overwrite=True.",
+                remedy="Give the same arguments as then, another folder, or overwrite=True (--overwrite).",
             )
         return dict(records)
 
     def _damaged(self, path: Path, got: str) -> StorageError:
         return StorageError(
-            f"'{path}' cannot be read", expected="a record of trials", got=got, remedy="overwrite=True begins anew."
+            f"'{path}' cannot be read",
+            expected="a record of trials",
+            got=got,
+            remedy="overwrite=True (--overwrite) begins anew.",
         )

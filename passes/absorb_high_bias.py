@@ -97,8 +97,8 @@ class AbsorbHighBias(Pass):
         if isinstance(found, str) and self.through_padding:
             unshifted = layer_ahead(relu, Affine(torch.ones_like(shift), torch.zeros_like(shift)))
             if not isinstance(unshifted, str) and not unshifted[0].layout.transposed:
-                repeats = len(unshifted[1].shift) // len(shift)
-                return unshifted[0], Affine(torch.ones_like(shift), shift).repeated(repeats)
+                # It pads, so it is a convolution, and no flattening lies before it: its channels are the first's.
+                return unshifted[0], Affine(torch.ones_like(shift), shift)
         return found
 
 

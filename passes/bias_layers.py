@@ -22,7 +22,7 @@ from .values import definition_of, is_layer
 
 @dataclass(frozen=True)
 class BiasedLayer:
-    """A layer with a quantized weight whose bias is a parameter of its own, or that has none yet.
+    """A layer with a quantized weight whose bias is a parameter, or that has none yet.
 
     Arguments:
         node: the layer.
@@ -30,6 +30,7 @@ class BiasedLayer:
         weight: the node that calls its weight's FakeQuant.
         bias: the get_attr node of its bias; None if it has none.
         position: where the bias stands among the layer's args.
+        is_shared: whether others read the bias, too: another call of the same layer, as a rule.
     """
 
     node: fx.Node
@@ -37,6 +38,7 @@ class BiasedLayer:
     weight: fx.Node
     bias: fx.Node | None
     position: int
+    is_shared: bool = False
 
     @property
     def axis(self) -> int:
@@ -92,8 +94,12 @@ def _as_biased(program: Program, node: fx.Node, shared: dict[int, str]) -> Biase
     while isinstance(bias, fx.Node) and program.bias_fake_quant(bias) is not None:
         bias = bias.args[0]
     assert bias is None or isinstance(bias, fx.Node)
-    reason = _why_fixed(program, weight, shared) if bias is None else _why_shared(program, bias, shared)
-    return reason or BiasedLayer(node, source, weight, bias, definition.bias)
+    if bias is None:
+        return _why_fixed(program, weight, shared) or BiasedLayer(node, source, weight, None, definition.bias)
+    if bias.op != "get_attr":
+        return f"its bias is computed, by {bias.name}"
+    is_shared = len(bias.users) != 1 or id(program.tensor(bias)) in shared
+    return BiasedLayer(node, source, weight, bias, definition.bias, is_shared)
 
 
 def _why_fixed(program: Program, weight: fx.Node, shared: dict[int, str]) -> str:
@@ -101,16 +107,6 @@ def _why_fixed(program: Program, weight: fx.Node, shared: dict[int, str]) -> str
     source = weight.args[0]
     assert isinstance(source, fx.Node)
     return "" if source.op == "get_attr" else f"it has no bias, and its weight is computed, by {source.name}"
-
-
-def _why_shared(program: Program, bias: fx.Node, shared: dict[int, str]) -> str:
-    """Why a bias may not be changed for one layer alone; "" if it may."""
-    if bias.op != "get_attr":
-        return f"its bias is computed, by {bias.name}"
-    if len(bias.users) != 1:
-        return f"its bias {bias.name} is read at {len(bias.users)} places"
-    tied = shared.get(id(program.tensor(bias)))
-    return f"its bias is shared: {tied}" if tied else ""
 
 
 def puts_biases_on_grids(program: Program, layers: Iterable[BiasedLayer]) -> bool:
@@ -123,6 +119,8 @@ def puts_biases_on_grids(program: Program, layers: Iterable[BiasedLayer]) -> boo
 def set_bias(program: Program, rewriter: Rewriter, layer: BiasedLayer, values: torch.Tensor) -> bool:
     """Give a layer's bias these numbers; False if that changes nothing, neither a code nor (in float) a number.
 
+    A bias that others read stays as it is, and the layer gets one of its own beside it.
+
     A weight's scale is raised at once where a code would overflow otherwise (fxquant.calibration.settle_biases).
     """
     assert layer.bias is not None
@@ -131,9 +129,29 @@ def set_bias(program: Program, rewriter: Rewriter, layer: BiasedLayer, values: t
     module = layer.bias_quant(program)
     if torch.equal(new, old) or (module is not None and torch.equal(module.codes(new), module.codes(old))):
         return False
-    rewriter.set_tensor(str(layer.bias.target), new)
+    if layer.is_shared:
+        _give_own(program, rewriter, layer, new)
+    else:
+        rewriter.set_tensor(str(layer.bias.target), new)
     _raise_scales(program, rewriter, module, new)
     return True
+
+
+def _give_own(program: Program, rewriter: Rewriter, layer: BiasedLayer, value: torch.Tensor) -> None:
+    """A bias for this call of a layer alone."""
+    assert layer.bias is not None
+    path, number = str(layer.bias.target), 1
+    owner = program.module.get_submodule(path.rpartition(".")[0])
+    while hasattr(owner, f"{path.rpartition('.')[2]}_{number}"):
+        number += 1
+    path = f"{path}_{number}"
+    trains = program.tensor(layer.bias).requires_grad
+    rewriter.add_tensor(path, value, parameter=True, requires_grad=trains)
+    quantizer = layer.node.args[layer.position]
+    assert isinstance(quantizer, fx.Node)
+    reader = layer.node if quantizer is layer.bias else quantizer
+    own = rewriter.get_attr(path, name=path.replace(".", "_"), before=reader, like=layer.bias)
+    rewriter.replace_input(reader, layer.bias, own)
 
 
 def add_bias(

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import networkx as nx
 from torch import fx
 
+from fxquant.graph.channels import channel_axis_of
 from fxquant.graph.program import Program
 from fxquant.ops.base import Role
 from fxquant.reconstruction import Unit
-from fxquant.reconstruction.units import channel_axis_of
 
 from .quantized_layers import QuantizedLayer
 from .values import is_float_value, role_of
@@ -52,7 +52,7 @@ def block_of(program: Program, name: str, nodes: set[fx.Node], layers: Sequence[
     sources = dict.fromkeys(_unquantized(program, node) or node for node in inputs)
     if output in sources or not is_float_value(output):
         return f"its output {output.name} is its input, or no tensor of floats"
-    return Unit(name, weights, tuple(sources), output, channel_axis_of(output))
+    return Unit(name, weights, tuple(sources), output, channel_axis_of(program, output))
 
 
 def find_blocks(program: Program, layers: Sequence[QuantizedLayer], largest: int) -> Iterator[Unit]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from fxquant.errors import ConfigError, PassError, nearest
-from fxquant.graph.bias_correction import correction_of, keep_correction
+from fxquant.graph.bias_correction import correction_of
 from fxquant.graph.frontier import Frontier
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Note, NoteKind, Program, Stage, describe
@@ -47,13 +47,14 @@ class CorrectBias(Pass):
     2. "analytic" needs no data: E[y_q] - E[y] = sum (Wq - W) E[x], with E[x] from batch norms that were folded
        (value_moments.py has the rules, expected_errors.py the sum). It sees the error of a layer's own weight only, not
        what rounding and clipping of activations add.
-    3. A layer without a bias gets one, an int32 one where the program's biases are (quantize-bias).
+    3. A layer that is called twice gets a bias for each call: their errors differ. One without a bias gets one, an
+       int32 one where the program's biases are (quantize-bias).
     4. Weights need not follow their grid: behind adaround or gptq biases are corrected alike.
 
     What was taken off is kept with the layer: a second analytic run replaces the first, a second empirical run finds
     nothing left. Activations' ranges stay as they are; 'recalibrate' behind this pass estimates them anew. Declines,
-    with the reason: a weight that is not quantized; a bias that is computed (live batch norm) or shared (a convolution
-    called twice); analytic, an input of which nothing is known. Contract: QUANTIZES.
+    with the reason: a weight that is not quantized; a bias that is computed (live batch norm); analytic, an input of
+    which nothing is known. Contract: QUANTIZES.
 
     Arguments:
         method: "empirical" or "analytic".
@@ -149,7 +150,7 @@ class Corrector:
         else:
             start, after = stored + before, error
         if self._give(layer, start - error):
-            keep_correction(layer.node, after)
+            self.rewriter.set_bias_correction(layer.node, after)
             self._account(layer, error, std)
 
     def _stored_and_used(self, layer: BiasedLayer, error: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

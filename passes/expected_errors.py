@@ -20,7 +20,8 @@ from fxquant.numerics.fake_quant import Mode
 
 from .bias_layers import BiasedLayer
 from .layers import CONVOLUTIONS, as_layer
-from .value_moments import Known, Moments
+from .moments import Moments
+from .value_moments import Known
 
 
 def expected_error(program: Program, reference: Program | None, layer: BiasedLayer, known: Known) -> torch.Tensor | str:

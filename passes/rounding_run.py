@@ -15,7 +15,7 @@ from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Note, NoteKind, Program, Stage
 from fxquant.graph.rewriter import Rewriter
 from fxquant.numerics.fake_quant import Mode
-from fxquant.reconstruction import Reconstruction, Settings, Unfinished, Unit, collect, reconstruct
+from fxquant.reconstruction import Collector, Reconstruction, Settings, Unfinished, Unit, reconstruct
 from fxquant.reconstruction.units import weight_of
 
 from .quantized_layers import QuantizedLayer, fix_codes, quantized_layers
@@ -34,7 +34,8 @@ class LearnsRounding(Pass):
         warm_start: the part of the iterations before that term counts.
         early_stop: end a unit as soon as every number has chosen for good.
         positions: of the output of a convolution that is learned alone, drawn for each sample; None: all.
-        cache_mb: megabytes for the inputs and float outputs of one unit: samples beyond are left out.
+        cache_mb: megabytes for the inputs and float outputs of one unit, samples beyond are left out; and as many for
+            the values from which both programs go on to the next unit, which are computed again where they do not fit.
         seed: of the samples of each step.
     """
 
@@ -81,7 +82,7 @@ class LearnsRounding(Pass):
 
     @abstractmethod
     def units(self, program: Program, rewriter: Rewriter, layers: Sequence[QuantizedLayer]) -> Iterable[Unit]:
-        """The units of a program, in graph order; what is left out is a near miss."""
+        """The units of a program, none reading what a later one computes; what is left out is a near miss."""
 
     def rewrite(self, program: Program, rewriter: Rewriter) -> None:
         """Learn unit after unit, each on what the program before it, with its rounding learned, gives."""
@@ -92,11 +93,13 @@ class LearnsRounding(Pass):
         units = list(self.units(bench, rewriter, list(quantized_layers(bench))))
         settle(bench)
         kept = self._unfinished(program, rewriter)
+        collector = Collector(bench, rewriter.reference, units, rewriter.data.batches, self.cache_mb, self.seed)
         for unit in units:
-            found = self._learned(bench, rewriter, unit, kept)
+            found = self._found(bench, rewriter, unit, kept, collector)
             if isinstance(found, str):
                 rewriter.miss(unit.output, f"{unit.name} left as it is: {found}")
                 continue
+            self.learned(found)
             if found.is_better:
                 rewriter.note(Note(NoteKind.OPTIMIZATION, unit.name, f"rounding of {unit.name}: {found}"))
             else:
@@ -111,18 +114,25 @@ class LearnsRounding(Pass):
             return None
         return Unfinished(data.folder, self.name, repr(self), program, rewriter.reference, data.batches)
 
-    def _learned(self, bench: Program, rewriter: Rewriter, unit: Unit, kept: Unfinished | None) -> Reconstruction | str:
-        data = rewriter.data
+    def learned(self, found: Reconstruction) -> None:
+        """Called with what was learned of each unit, or read from the files of a killed run; does nothing here.
+
+        For subclasses that report more than notes do, such as curves of losses.
+        """
+
+    def _found(
+        self, bench: Program, rewriter: Rewriter, unit: Unit, kept: Unfinished | None, collector: Collector
+    ) -> Reconstruction | str:
         if kept is not None:
             found, reason = kept.get(unit.name)
             if found is not None:
                 return found
             if reason:
                 rewriter.miss_option("resume", str(kept.folder), f"{unit.name} is learned anew: {reason}")
-        samples = collect(bench, rewriter.reference, unit, data.batches, self.cache_mb, self.seed)
+        samples = collector.samples(unit)
         if isinstance(samples, str):
             return samples
-        learned = reconstruct(bench, unit, samples, self.settings(), progress=data.progress)
+        learned = reconstruct(bench, unit, samples, self.settings(), progress=rewriter.data.progress)
         if kept is not None:
             kept.put(learned)
         return learned

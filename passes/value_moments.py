@@ -3,19 +3,20 @@
 A layer's output is taken as normal, of the mean and deviation that its batch norm gave it; activations make of it what
 clipped_normal.py says. Behind them
 
-    a + b             means add; deviations too, as those of independent values do, and the sum is taken as normal
-    c * x, x + c      with a constant c
+    a + b, a - b      means add; deviations as moments.py says
+    c * x, x + c      with a constant c; c - x and -x, too
     concatenation     of channels
     averages          keep the mean; their deviation is unknown, so that no activation can follow
     flattening        repeats each channel
 
-and a FakeQuant is passed. Of all else, of a maximum, of a product of two values, nothing is known.
+and a FakeQuant is passed. An activation follows no other one, unless both clip: relu(relu(y)) is known, relu(relu(y) -
+1) is not. Of all else, of a maximum, of a product of two values, nothing is known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,14 +25,15 @@ from torch import fx
 from torch.nn.modules.dropout import _DropoutNd
 
 from fxquant.graph.constants import Constants
-from fxquant.graph.program import Program, value_type
+from fxquant.graph.program import Program, input_slots, value_type
 from fxquant.graph.statistics import statistics_of
 from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.ops._arguments import bind
 from fxquant.ops.activation import activation_bounds
 
-from .clipped_normal import Pair, clipped, integrated, leaky
+from .clipped_normal import integrated, leaky
 from .layers import CONVOLUTIONS, RESHAPES
+from .moments import Moments, Source, joined
 from .values import is_layer
 
 aten = torch.ops.aten
@@ -46,26 +48,11 @@ _SMOOTH = (
     aten.tanh.default,
 )
 _SAME = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.dropout.default)
+_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.rsub.Scalar)
+_PRODUCTS = (aten.mul.Tensor, aten.div.Tensor)
 _POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 _GLOBAL_POOLS = (aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten.adaptive_avg_pool3d.default)
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Mean, and deviation where it is known, of each channel of a value; float64 of shape (channels,).
-
-    `axis` is that of the channels, counted from the front.
-    """
-
-    mean: torch.Tensor
-    std: torch.Tensor | None
-    axis: int
-
-    def scaled(self, factor: torch.Tensor | float) -> Moments:
-        """Of factor * x."""
-        size = abs(factor) if isinstance(factor, float) else factor.abs()
-        return Moments(self.mean * factor, None if self.std is None else self.std * size, self.axis)
-
+_NO_PRODUCT = "the mean of a product is not the product of means"
 
 Known = Moments | str  # or why they are not known
 
@@ -88,12 +75,12 @@ class _Rules:
         self._rules: dict[Any, Callable[[fx.Node, Moments], Known]] = {
             aten.leaky_relu.default: _leaky,
             aten.mean.dim: _mean,
-            aten.cat.default: _unknown,
+            aten.neg.default: lambda node, x: x.scaled(-1.0),
             **dict.fromkeys(_CLIPS, _clip),
             **dict.fromkeys(_SMOOTH, _smooth),
             **dict.fromkeys(_SAME, lambda node, x: x),
             **dict.fromkeys(_POOLS, _pool),
-            **dict.fromkeys(_GLOBAL_POOLS, lambda node, x: replace(x, std=None)),
+            **dict.fromkeys(_GLOBAL_POOLS, lambda node, x: x.averaged(x.axis)),
             **dict.fromkeys(RESHAPES, _flatten),
         }
 
@@ -103,10 +90,12 @@ class _Rules:
             return f"nothing is known of {node.name}, an input" if node.op == "placeholder" else _unknown(node, None)
         if node.op == "call_function" and is_layer(self._program, node):
             return _of_layer(node)
-        if node.target in (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor):
-            return self._arithmetic(node, known)
+        if node.target in (*_SUMS, *_PRODUCTS):
+            if self._is_widened(node):
+                return f"{node.name} gives its input more axes, of which another may be the channels'"
+            return self._sum(node, known) if node.target in _SUMS else self._multiple(node, known)
         if node.target is aten.cat.default:
-            return _concatenated(node, [known[part] for part in node.all_input_nodes])
+            return _concatenated(node, [known[part] for part in input_slots(node)])
         source = node.args[0] if node.args else None
         x = known.get(source, _unknown(node, None)) if isinstance(source, fx.Node) else _unknown(node, None)
         if isinstance(x, str) or self._passes_on(node):
@@ -116,28 +105,46 @@ class _Rules:
     def _passes_on(self, node: fx.Node) -> bool:
         return node.op == "call_module" and isinstance(self._program.submodule(node), (FakeQuant, _DropoutNd))
 
-    def _arithmetic(self, node: fx.Node, known: dict[fx.Node, Known]) -> Known:
-        left, right = node.args[:2]
-        if isinstance(left, fx.Node) and isinstance(right, fx.Node):
-            constants = self._constants.is_constant(left), self._constants.is_constant(right)
-            if not any(constants):
-                return _of_two(node, known[left], known[right])
-            if constants[0] and node.target in (aten.add.Tensor, aten.mul.Tensor):
-                left, right = right, left
-        if not isinstance(left, fx.Node):
+    def _sum(self, node: fx.Node, known: dict[fx.Node, Known]) -> Known:
+        """Of a sum of two values, or of a value and a constant, each with its factor."""
+        total: Known = _unknown(node, None)
+        for operand, factor in sorted(_addends(node), key=lambda addend: self._is_fixed(addend[0])):
+            if isinstance(operand, fx.Node) and not self._is_fixed(operand):
+                total = _added(node, total, known[operand], factor)
+            elif isinstance(total, Moments):
+                constant = self._constant(operand, node, total)
+                total = constant if isinstance(constant, str) else total.shifted(factor * constant)
+        return total
+
+    def _multiple(self, node: fx.Node, known: dict[fx.Node, Known]) -> Known:
+        value, factor = node.args[:2]
+        if node.target is aten.mul.Tensor and self._is_fixed(value):
+            value, factor = factor, value
+        if not isinstance(value, fx.Node) or self._is_fixed(value):
             return _unknown(node, None)
-        x = known[left]
+        x, other = known[value], known[factor] if isinstance(factor, fx.Node) else None
         if isinstance(x, str):
             return x
-        constant = self._constant(right, node, x)
-        return constant if isinstance(constant, str) else _with_constant(node, x, constant)
+        if not self._is_fixed(factor):
+            return other if isinstance(other, str) else f"{node.name} multiplies or divides two values: {_NO_PRODUCT}"
+        constant = self._constant(factor, node, x)
+        if isinstance(constant, str):
+            return constant
+        return x.scaled(constant if node.target is aten.mul.Tensor else 1 / constant)
+
+    def _is_fixed(self, operand: Any) -> bool:
+        return not isinstance(operand, fx.Node) or self._constants.is_constant(operand)
+
+    def _is_widened(self, node: fx.Node) -> bool:
+        """Whether broadcasting counts the axes of a value from elsewhere than its own front."""
+        values = [operand for operand in node.args[:2] if not self._is_fixed(operand)]
+        types = [value_type(value) for value in (node, *values) if isinstance(value, fx.Node)]
+        return len({len(found.shape) for found in types if found is not None}) > 1
 
     def _constant(self, value: Any, node: fx.Node, x: Moments) -> torch.Tensor | str:
         """A number, or one for each channel, as a tensor of shape () or (channels,)."""
         if not isinstance(value, fx.Node):
             return torch.tensor(float(value), dtype=torch.float64)
-        if not self._constants.is_constant(value):
-            return f"{value.name}, which {node.name} reads, is computed"
         tensor, found = self._constants.tensor(value).double(), value_type(node)
         if tensor.numel() == 1:
             return tensor.reshape(())
@@ -158,55 +165,46 @@ def _of_layer(node: fx.Node) -> Known:
     if statistics is None or found is None:
         return f"no batch norm was folded into {node.name}, which would say what it gives"
     mean, std = statistics.tensors()
-    return Moments(mean, std, 1 if node.target in CONVOLUTIONS else len(found.shape) - 1)
+    axis = 1 if node.target in CONVOLUTIONS else len(found.shape) - 1
+    return Moments.of(mean, axis, Source(std, frozenset((node,)), is_normal=True))
 
 
-def _normal(node: fx.Node, x: Moments, function: Callable[[torch.Tensor, torch.Tensor], Pair]) -> Known:
-    if x.std is None:
-        return f"the deviation of what {node.name} reads is not known"
-    mean, std = function(x.mean, x.std)
-    return Moments(mean, std, x.axis)
+def _named(node: fx.Node, found: Known) -> Known:
+    return found.format(node.name) if isinstance(found, str) else found
 
 
 def _clip(node: fx.Node, x: Moments) -> Known:
     bounds = activation_bounds(node)
-    if bounds is None:
-        return f"the bounds of {node.name} are computed"
-    return _normal(node, x, lambda mean, std: clipped(mean, std, *bounds))
+    return f"the bounds of {node.name} are computed" if bounds is None else _named(node, x.clipped(*bounds))
 
 
 def _leaky(node: fx.Node, x: Moments) -> Known:
     slope = float(bind(node)["negative_slope"])
-    return _normal(node, x, lambda mean, std: leaky(mean, std, slope))
+    return _named(node, x.activated(lambda mean, std: leaky(mean, std, slope)))
 
 
 def _smooth(node: fx.Node, x: Moments) -> Known:
     called: Any = node.target
-    return _normal(
-        node, x, lambda mean, std: integrated(mean, std, lambda at: called(at, *node.args[1:], **node.kwargs))
-    )
+    integral = partial(integrated, function=lambda at: called(at, *node.args[1:], **node.kwargs))
+    return _named(node, x.activated(integral))
 
 
-def _of_two(node: fx.Node, left: Known, right: Known) -> Known:
-    if isinstance(left, str) or isinstance(right, str):
-        return left if isinstance(left, str) else str(right)
-    if node.target not in (aten.add.Tensor, aten.sub.Tensor):
-        return f"{node.name} multiplies two values: the mean of a product is not the product of means"
-    if left.axis != right.axis or left.mean.shape != right.mean.shape:
+def _addends(node: fx.Node) -> list[tuple[Any, float]]:
+    """The two operands of a sum or difference, each with its factor."""
+    left, right = node.args[:2]
+    alpha = float(bind(node).get("alpha", 1))
+    if node.target in (aten.rsub.Tensor, aten.rsub.Scalar):
+        return [(left, -alpha), (right, 1.0)]
+    return [(left, 1.0), (right, alpha if node.target is aten.add.Tensor else -alpha)]
+
+
+def _added(node: fx.Node, total: Known, x: Known, factor: float) -> Known:
+    """`total`, where it is known, and factor * x."""
+    if isinstance(x, str) or isinstance(total, str):
+        return x if isinstance(x, str) else x.scaled(factor)
+    if total.axis != x.axis or total.mean.shape != x.mean.shape:
         return f"{node.name} adds values of different channels"
-    right = right.scaled(float(bind(node).get("alpha", 1)) * (1.0 if node.target is aten.add.Tensor else -1.0))
-    is_spread = left.std is not None and right.std is not None
-    std = torch.hypot(left.std, right.std) if is_spread else None  # type: ignore[arg-type]  # both are there
-    return Moments(left.mean + right.mean, std, left.axis)
-
-
-def _with_constant(node: fx.Node, x: Moments, constant: torch.Tensor) -> Known:
-    if node.target is aten.mul.Tensor:
-        return x.scaled(constant)
-    if node.target is aten.div.Tensor:
-        return x.scaled(1 / constant)
-    shift = constant * float(bind(node).get("alpha", 1))
-    return replace(x, mean=x.mean + shift if node.target is aten.add.Tensor else x.mean - shift)
+    return total.plus(x.scaled(factor))
 
 
 def _concatenated(node: fx.Node, parts: list[Known]) -> Known:
@@ -217,9 +215,7 @@ def _concatenated(node: fx.Node, parts: list[Known]) -> Known:
     axis = int(bind(node).get("dim", 0)) % len(found.shape)
     if {part.axis for part in known} != {axis}:
         return f"{node.name} does not concatenate channels"
-    stds = [part.std for part in known if part.std is not None]
-    std = torch.cat(stds) if len(stds) == len(known) else None
-    return Moments(torch.cat([part.mean for part in known]), std, axis)
+    return joined(known)
 
 
 def _pool(node: fx.Node, x: Moments) -> Known:
@@ -227,7 +223,7 @@ def _pool(node: fx.Node, x: Moments) -> Known:
     pads = bool(torch.tensor(bound.get("padding") or 0).any())
     if pads or bound.get("divisor_override") is not None:
         return f"{node.name} averages with padding, or with a divisor of its own"
-    return replace(x, std=None)
+    return x.averaged(x.axis)
 
 
 def _mean(node: fx.Node, x: Moments) -> Known:
@@ -238,7 +234,7 @@ def _mean(node: fx.Node, x: Moments) -> Known:
     if x.axis in axes:
         return f"{node.name} averages over channels"
     kept = bool(bound.get("keepdim"))
-    return Moments(x.mean, None, x.axis if kept else x.axis - sum(axis < x.axis for axis in axes))
+    return x.averaged(x.axis if kept else x.axis - sum(axis < x.axis for axis in axes))
 
 
 def _flatten(node: fx.Node, x: Moments) -> Known:
@@ -251,5 +247,4 @@ def _flatten(node: fx.Node, x: Moments) -> Known:
     times = prod(sizes)
     if len(sizes) != len(before.shape) - 2 or behind.shape[1:] != (len(x.mean) * times,):
         return f"{node.name} may mix channels: it reshapes {before} to {behind}"
-    std = None if x.std is None else x.std.repeat_interleave(times)
-    return Moments(x.mean.repeat_interleave(times), std, 1)
+    return x.repeated(times)

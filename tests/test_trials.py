@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,6 +45,32 @@ def test_another_runs_file_is_refused_by_what_differs(tmp_path: Path) -> None:
         TrialLog(path, {"seed": 0, "target": 0.95}, resume=True)
     with pytest.raises(StorageError, match="of another run: bits"):
         TrialLog(path, {**RECIPE, "bits": 4}, resume=True)
+
+
+def test_refusals_say_what_to_do_in_python_and_on_a_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "trials.json"
+    TrialLog(path, RECIPE).put("naive", {})
+    with pytest.raises(StorageError, match=r"resume=True \(--resume\) .* overwrite=True \(--overwrite\)"):
+        TrialLog(path, RECIPE)
+    with pytest.raises(StorageError, match=r"overwrite=True \(--overwrite\)"):
+        TrialLog(path, {}, resume=True)
+    path.write_text("")
+    with pytest.raises(StorageError, match=r"overwrite=True \(--overwrite\)"):
+        TrialLog(path, RECIPE, resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ({"version": 2}, {"records": {"naive": 0.5}}, {"recipe": list(RECIPE)}),
+    ids=lambda change: next(iter(change)),
+)
+def test_whole_file_of_another_form_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "trials.json"
+    TrialLog(path, RECIPE).put("naive", {})
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, **change}), encoding="utf-8")
+    with pytest.raises(StorageError, match="cannot be read; expected a record of trials; got version"):
+        TrialLog(path, RECIPE, resume=True)
 
 
 @pytest.mark.parametrize("text", ("", "{}", "[]", '{"version": 1, "recipe": {}, "records": [1]}', '{"version": 9'))

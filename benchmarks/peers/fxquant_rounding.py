@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 
@@ -17,11 +17,21 @@ from fxquant.graph.manager import PassManager
 from fxquant.graph.pass_data import PassData
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
-from fxquant.passes import rounding_run
 from fxquant.passes.adaround import AdaRound
-from fxquant.reconstruction import Reconstruction, reconstruct
+from fxquant.reconstruction import Reconstruction
 
 NOTE = "fxquant: layers with the relu behind them, on quantized inputs; activations quantized in the end"
+
+
+@dataclass(frozen=True)
+class TellingAdaRound(AdaRound):
+    """adaround, with the first and the last loss of each layer."""
+
+    losses: list[tuple[float, float]] = field(default_factory=list)
+
+    def learned(self, found: Reconstruction) -> None:
+        """Keep the ends of its curve."""
+        self.losses.append((found.curve[0][1], found.curve[-1][1]))
 
 
 def learn(task: Task) -> Rounded:
@@ -29,17 +39,9 @@ def learn(task: Task) -> Rounded:
     program = capture(task.block, (task.batches[0],))
     load_pipeline("w4a8").prepare(program)
     calibrate(program, task.batches, progress=False)
-    curves: list[tuple[float, float]] = []
-
-    def recording(*args: object, **options: object) -> Reconstruction:
-        found = reconstruct(*args, **options)  # type: ignore[arg-type]
-        curves.append((found.curve[0][1], found.curve[-1][1]))
-        return found
-
-    item = AdaRound(iterations=task.iterations, learning_rate=1e-3, early_stop=False)
-    with patch.object(rounding_run, "reconstruct", recording):
-        PassManager([item]).run(program, data=PassData(task.batches, progress=False))
-    return Rounded(program.module.eval(), curves, off_grid(program))
+    item = TellingAdaRound(iterations=task.iterations, learning_rate=1e-3, early_stop=False)
+    PassManager([item]).run(program, data=PassData(task.batches, progress=False))
+    return Rounded(program.module.eval(), item.losses, off_grid(program))
 
 
 def off_grid(program: Program) -> int:

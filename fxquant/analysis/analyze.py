@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from fxquant.analysis.units import Unit, callers, definition_of, units_of
 from fxquant.analysis.value_meter import ValueMeter
 from fxquant.calibration import require_ranges
 from fxquant.errors import CalibrationError, ConfigError, FxquantError
-from fxquant.evaluation import Evaluate
+from fxquant.evaluation import Evaluate, name_of
 from fxquant.graph.batches import Batch
 from fxquant.graph.program import Program, Stage
 from fxquant.progress import track
@@ -65,27 +66,14 @@ def analyze(
     does not fit, values, outputs or scores that are not finite; StorageError for a folder of another run.
     """
     _require(program, batches, max_batches, seed)
-    recipe = {
-        "program": program.fingerprint(),
-        "evaluate": None if evaluate is None else getattr(evaluate, "__qualname__", type(evaluate).__qualname__),
-        "seed": seed,
-    }
     path = None if folder is None else Path(folder) / TRIALS
-    log = TrialLog(path, recipe, resume=resume, overwrite=overwrite)
-    twin = program.copy()
-    twin.simulate = "float"
-    twin.module.eval()
-    units = units_of(twin)
-    meters = list(_meters(twin, units))
-    sweep = Sweep(twin, units, meters)
-    for meter in meters:
-        if meter.module.follows:
-            _see_weight(sweep, meter)
+    log = TrialLog(path, _recipe(program, evaluate, seed), resume=resume, overwrite=overwrite)
+    sweep = _sweep_of(program)
     results = _run_batches(sweep, batches, max_batches, log, progress)
     scores = Scores(sweep, evaluate, seed, log)
     for _ in track(scores.run(), "evaluating layers", total=scores.count, show=progress):
         pass
-    return _report(program, twin, units, meters, results, scores)
+    return _report(program, sweep, results, scores)
 
 
 def _require(program: Program, batches: Iterable[Batch], max_batches: int | None, seed: int) -> None:
@@ -107,6 +95,27 @@ def _require(program: Program, batches: Iterable[Batch], max_batches: int | None
     plain_seed(seed, "analyze")
 
 
+def _recipe(program: Program, evaluate: Evaluate | None, seed: int) -> dict[str, Any]:
+    """What the records of a run depend on, besides the batches, which are checked one by one."""
+    evaluated = None if evaluate is None else name_of(evaluate)
+    return {"program": program.fingerprint(), "evaluate": evaluated, "seed": seed}
+
+
+def _sweep_of(program: Program) -> Sweep:
+    """A sweep of a copy of the program, whose meters have seen the weights."""
+    twin = program.copy()
+    twin.simulate = "float"
+    twin.module.eval()
+    units = units_of(twin)
+    sweep = Sweep(twin, units, list(_meters(twin, units)))
+    sweep.route.switch(sweep.everything)
+    with torch.no_grad():
+        for meter in sweep.meters:
+            if meter.module.follows:
+                meter.see(sweep.route.weight_of(meter.node), None)
+    return sweep
+
+
 def _meters(program: Program, units: Sequence[Unit]) -> Iterator[ValueMeter]:
     """One for each value that a quantizer of a unit quantizes, in graph order."""
     unit_of = {module: unit for unit in units for module in unit.modules}
@@ -115,12 +124,6 @@ def _meters(program: Program, units: Sequence[Unit]) -> Iterator[ValueMeter]:
         if module in unit_of:
             is_own = first[module] is node
             yield ValueMeter(program, unit_of[module], node, "" if is_own else str(first[module].args[0]))
-
-
-def _see_weight(sweep: Sweep, meter: ValueMeter) -> None:
-    sweep.route.switch(sweep.everything)
-    with torch.no_grad():
-        meter.see(sweep.route.weight_of(meter.node), None)
 
 
 def _run_batches(
@@ -142,10 +145,10 @@ def _steps(sweep: Sweep, batches: Iterable[Batch], log: TrialLog, results: list[
     """All runs of all batches; what is done is kept every few seconds, and when the run is interrupted."""
     for index, batch in enumerate(batches):
         key = f"batch {index}"
-        result = _begun(sweep.program, batch, index, log)
+        result = begun = _begun(sweep.program, batch, index, log)
         known, saved = len(result.runs), time.monotonic()
         try:
-            for _ in sweep.run(batch, index, result):
+            for result in sweep.run(batch, index, begun):
                 yield
                 if time.monotonic() - saved > _SAVE_SECONDS and len(result.runs) > known:
                     log.put(key, result.to_dict())
@@ -172,14 +175,7 @@ def _begun(program: Program, batch: Batch, index: int, log: TrialLog) -> BatchRe
     return BatchResult.from_dict(record)
 
 
-def _report(
-    program: Program,
-    twin: Program,
-    units: Sequence[Unit],
-    meters: Sequence[ValueMeter],
-    results: Sequence[BatchResult],
-    scores: Scores,
-) -> AnalysisReport:
+def _report(program: Program, sweep: Sweep, results: Sequence[BatchResult], scores: Scores) -> AnalysisReport:
     signal, rows = sum(result.signal for result in results), sum(result.rows for result in results)
 
     def score(name: str) -> Score:
@@ -200,10 +196,11 @@ def _report(
         weights_only=whole[WEIGHTS],
         activations_only=whole[ACTIVATIONS],
         units=tuple(
-            _unit_row(twin, unit, score(alone(unit)), score(without(unit)), float_score, whole[ALL]) for unit in units
+            _unit_row(sweep.program, unit, score(alone(unit)), score(without(unit)), float_score, whole[ALL])
+            for unit in sweep.units
         ),
-        values=tuple(meter.row() for meter in meters),
-        notes=_notes(units),
+        values=tuple(meter.row() for meter in sweep.meters),
+        notes=_notes(sweep.units),
     )
 
 

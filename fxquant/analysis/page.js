@@ -11,6 +11,7 @@
     const found = number(value);
     if (found === null || found === undefined) return "–";
     if (!Number.isFinite(found)) return found > 0 ? "∞" : "−∞";
+    if (Math.abs(found) < 1e-3 && found !== 0) return found.toExponential(count - 1);
     return Number.isInteger(found) ? String(found) : Number(found.toPrecision(count)).toString();
   };
   const decibels = (value) => {

@@ -177,7 +177,10 @@ class AnalysisReport:
         return tuple(sorted(self.units, key=lambda unit: (-unit.damage_alone, -unit.alone.noise, -unit.damage_without)))
 
     def suggestions(self, count: int = 5) -> str:
-        """Placement rules (TOML) for the `count` layers that do most harm: text to paste into a pipeline's file."""
+        """Placement rules (TOML) for the `count` layers that do most harm: text to paste into a pipeline's file.
+
+        A layer whose damage is within the noise floor (suggestions.py, case 4) gets none; none at all for a count of 0.
+        """
         from fxquant.analysis.suggestions import suggestions
 
         return suggestions(self, count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def without(unit: Unit) -> str:
     return f"without {unit.name}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class BatchResult:
     """What one batch gave; `to_dict` and `from_dict` keep it in a TrialLog.
 
@@ -52,7 +52,7 @@ class BatchResult:
     samples: int
     signal: float = 0.0
     rows: int = 0
-    runs: dict[str, Noise] = field(default_factory=dict)
+    runs: Mapping[str, Noise] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -72,28 +72,28 @@ class Sweep:
     Arguments:
         program: a copy that the sweep may switch, in eval mode and float simulation.
         units: of the program.
-        meters: by the node of the activation's quantizer, what measures it.
+        meters: of its quantized values.
     """
 
     def __init__(self, program: Program, units: Sequence[Unit], meters: Sequence[ValueMeter]) -> None:
-        self.program, self.units = program, units
+        self.program, self.units, self.meters = program, units, meters
         self.route = Route(program)
         self.everything = frozenset(self.route.modes)
-        self._meters = {meter.node: meter for meter in meters if not meter.module.follows}
+        self._meter_at = {meter.node: meter for meter in meters if not meter.module.follows}
         self._starts: dict[int, list[Unit]] = {}
         for unit in units:
             self._starts.setdefault(self.route.start_of(unit), []).append(unit)
 
-    def run(self, batch: Batch, index: int, result: BatchResult) -> Iterator[None]:
-        """Fill `result` with the runs that it lacks, and show every value to its meter; yields after each run."""
+    def run(self, batch: Batch, index: int, result: BatchResult) -> Iterator[BatchResult]:
+        """Measure the runs that `result` lacks, and show every value to its meter; yields what is known after each."""
         given = placeholder_values(self.program, batch)
         begin: Values = {node: given[node.name] for node in self.program.graph.nodes if node.op == "placeholder"}
         with torch.no_grad():
             reference = Reference(self.route.outputs_from(0, begin, ()), index)
-            result.signal, result.rows = reference.energy, reference.rows
+            result = replace(result, signal=reference.energy, rows=reference.rows)
             for name, on in self.groups().items():
-                self._measure(result, name, reference, 0, begin, on)
-                yield
+                result = self._measured(result, name, reference, 0, begin, on)
+                yield result
             yield from self._along(reference, begin, index, result)
 
     def groups(self) -> dict[str, frozenset[FakeQuant]]:
@@ -107,25 +107,25 @@ class Sweep:
             yield alone(unit), frozenset(unit.modules)
             yield without(unit), self.everything.difference(unit.modules)
 
-    def _along(self, reference: Reference, begin: Values, index: int, result: BatchResult) -> Iterator[None]:
+    def _along(self, reference: Reference, begin: Values, index: int, result: BatchResult) -> Iterator[BatchResult]:
         """A float run and a quantized run side by side; each unit is tried where it begins."""
         real, quantized = begin, begin
         for place, cut in enumerate(self.route.cuts):
-            if cut.quantizer in self._meters:
+            if cut.quantizer in self._meter_at:
                 self.route.switch(self.everything)
-                meter = self._meters[cut.quantizer]
+                meter = self._meter_at[cut.quantizer]
                 meter.see(real[meter.value], quantized[meter.value], index)
             for unit in self._starts.get(place, ()):
-                self._measure(result, alone(unit), reference, place, real, frozenset(unit.modules))
-                yield
+                result = self._measured(result, alone(unit), reference, place, real, frozenset(unit.modules))
+                yield result
                 rest = self.everything.difference(unit.modules)
-                self._measure(result, without(unit), reference, place, quantized, rest)
-                yield
+                result = self._measured(result, without(unit), reference, place, quantized, rest)
+                yield result
             if place + 1 < len(self.route.cuts):
                 real = self.route.advance(place, real, ())
                 quantized = self.route.advance(place, quantized, self.everything)
 
-    def _measure(
+    def _measured(
         self,
         result: BatchResult,
         name: str,
@@ -133,9 +133,11 @@ class Sweep:
         place: int,
         values: Values,
         on: frozenset[FakeQuant],
-    ) -> None:
-        if name not in result.runs:
-            result.runs[name] = reference.noise(self.route.outputs_from(place, values, on))
+    ) -> BatchResult:
+        if name in result.runs:
+            return result
+        noise = reference.noise(self.route.outputs_from(place, values, on))
+        return replace(result, runs={**result.runs, name: noise})
 
 
 def digest_of(program: Program, batch: Batch, index: int) -> tuple[str, int]:

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
@@ -18,7 +18,7 @@ from fxquant.ops.base import OpDef, Role
 from fxquant.ops.table import TABLE
 
 
-@dataclass
+@dataclass(frozen=True)
 class Unit:
     """One operation and the quantizers that are its own.
 
@@ -29,9 +29,9 @@ class Unit:
     """
 
     node: fx.Node
-    weights: list[fx.Node] = field(default_factory=list)
-    activations: list[fx.Node] = field(default_factory=list)
-    modules: list[FakeQuant] = field(default_factory=list)
+    weights: tuple[fx.Node, ...]
+    activations: tuple[fx.Node, ...]
+    modules: tuple[FakeQuant, ...]
 
     @property
     def name(self) -> str:
@@ -46,14 +46,20 @@ class Unit:
 
 def units_of(program: Program) -> list[Unit]:
     """The units of a program's quantizers that are not off, in graph order."""
-    found: dict[fx.Node, Unit] = {}
-    for module, nodes in callers(program).items():
+    nodes_of = callers(program)
+    found: dict[fx.Node, list[FakeQuant]] = {}
+    for module, nodes in nodes_of.items():
         place = reader(program, nodes[0]) if module.follows else _source(program, nodes[0])
-        unit = found.setdefault(place, Unit(place))
-        unit.modules.append(module)
-        (unit.weights if module.follows else unit.activations).extend(nodes)
-    order = {node: position for position, node in enumerate(program.graph.nodes)}
-    return sorted(found.values(), key=lambda unit: order[unit.node])
+        found.setdefault(place, []).append(module)
+
+    def quantizing(modules: list[FakeQuant], weights: bool) -> tuple[fx.Node, ...]:
+        return tuple(node for module in modules if module.follows is weights for node in nodes_of[module])
+
+    return [
+        Unit(node, quantizing(found[node], True), quantizing(found[node], False), tuple(found[node]))
+        for node in program.graph.nodes
+        if node in found
+    ]
 
 
 def callers(program: Program) -> dict[FakeQuant, list[fx.Node]]:

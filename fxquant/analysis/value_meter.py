@@ -15,6 +15,7 @@ from fxquant.analysis.noise import energy_of, sqnr_db
 from fxquant.analysis.report import HistogramRow, ValueRow
 from fxquant.analysis.units import Unit
 from fxquant.errors import FxquantError
+from fxquant.graph.channels import channel_axis_of
 from fxquant.graph.program import Program, describe, value_type
 from fxquant.numerics.estimators.histogram import Histogram
 from fxquant.numerics.fake_quant import FakeQuant
@@ -42,7 +43,7 @@ class ValueMeter:
         self.low, self.high = torch.full((), torch.inf, device=device), torch.full((), -torch.inf, device=device)
         self.used = torch.zeros(module.spec.steps + 1, dtype=torch.bool, device=device)
         self.histogram = Histogram.empty(1, device)
-        self.axis = channel_axis(value, module)
+        self.axis = channel_axis(program, value, module)
         self.channel_low: torch.Tensor | None = None
         self.channel_high: torch.Tensor | None = None
 
@@ -138,11 +139,11 @@ class ValueMeter:
         return HistogramRow(edge, width * joined, tuple(padded.view(bins, joined).sum(1).tolist()))
 
 
-def channel_axis(value: fx.Node, module: FakeQuant) -> int | None:
+def channel_axis(program: Program, value: fx.Node, module: FakeQuant) -> int | None:
     """The axis of a value's channels; None where it is not of a known size.
 
-    A weight's is that of its scales, else 0; an activation's is 1 of [N, C, H, W] and behind a 1-D convolution, else
-    the last one.
+    A weight's is that of its scales, else 0; an activation's that which the layers in front of it say
+    (graph/channels.py).
     """
     found = value_type(value)
     if found is None or not found.shape:
@@ -151,8 +152,7 @@ def channel_axis(value: fx.Node, module: FakeQuant) -> int | None:
     if module.follows:
         axis = module.spec.granularity.axis
         return 0 if axis is None or module.spec.granularity.block is not None else axis % rank
-    is_image = rank > 3 or (rank == 3 and "conv" in str(value.target))
-    place = 1 if is_image else rank - 1
+    place = channel_axis_of(program, value)
     return place if rank > 1 and isinstance(found.shape[place], int) else None
 
 

@@ -6,6 +6,9 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,9 +17,9 @@ from fxquant.analysis.analyze import TRIALS, analyze
 from fxquant.capture import capture
 from fxquant.cli.loading import first_batch, load_batches, load_evaluate, load_model, require_model_name
 from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, positive
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, StorageError
 from fxquant.evaluation import quantized
-from fxquant.files import make_folder, together
+from fxquant.files import made_folder, together
 from fxquant.graph.batches import Batch
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
@@ -55,55 +58,80 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--html", metavar="FILE", help="write the page to FILE")
     parser.add_argument("--top", type=positive, default=30, help="layers in the table (default: %(default)s)")
     parser.add_argument(
-        "--suggest", type=positive, default=3, help="layers that placement rules are printed for (default: %(default)s)"
+        "--suggest",
+        type=_whole,
+        default=3,
+        help="layers that placement rules are printed for, if they do harm; 0 for none (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_seed, default=0, help="of random generators (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with an analysis of --out that was interrupted")
+    parser.add_argument("--seed", type=_whole, default=0, help="of random generators (default: %(default)s)")
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an analysis of --out that was interrupted")
+    again.add_argument("--overwrite", action="store_true", help="remove an earlier analysis of --out")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """`fxquant analyze`."""
-    if options.resume and options.out is None:
-        raise FxquantError("analyze --resume", expected="--out, the folder of the run to go on with", got="none")
     folder = None if options.out is None else Path(options.out)
-    if folder is not None:
-        make_folder(folder, (JSON_NAME, HTML_NAME, TRIALS))
+    _require_free(options, folder)
     seed_epoch(options.seed, 0)
     evaluate = None if options.evaluate is None else load_evaluate(options.evaluate)
     batches = list(islice(load_batches(options.data, options.batch_size), options.max_batches))
-    report = analyze(
-        _program(options, batches, folder),
-        batches,
-        evaluate,
-        folder=folder,
-        resume=options.resume,
-        overwrite=not options.resume,
-        seed=options.seed,
-    )
-    written = _write(report, options, folder)
-    if options.json == "-":
-        print(json.dumps(report.to_dict(), indent=1))
-        return 0
-    print(report.table(max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns), options.top))
-    print(f"\n{report.suggestions(options.suggest)}", end="")
-    if written:
-        print(f"\nwrote {', '.join(map(str, written))}")
+    quantize = _quantizer(options, batches, folder)
+    with nullcontext() if folder is None else made_folder(folder, (JSON_NAME, HTML_NAME, TRIALS)):
+        report = analyze(
+            quantize(),
+            batches,
+            evaluate,
+            folder=folder,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            seed=options.seed,
+        )
+        written = _write(report, options, folder)
+    _show(report, options, written)
     return 0
 
 
-def _program(options: argparse.Namespace, batches: list[Batch], folder: Path | None) -> Program:
-    """A saved program, or a model quantized by --config on --data."""
+def _require_free(options: argparse.Namespace, folder: Path | None) -> None:
+    """Refuse a folder of an earlier run before anything is computed, unless the user says what is to become of it."""
+    if folder is None:
+        given = "--resume" if options.resume else "--overwrite"
+        if options.resume or options.overwrite:
+            raise FxquantError(f"analyze {given}", expected="--out, the folder of the earlier run", got="none")
+    elif not (options.resume or options.overwrite) and (folder / TRIALS).exists():
+        raise StorageError(
+            f"'{folder / TRIALS}' is there already",
+            expected="a folder without an earlier run",
+            remedy="--resume goes on with that run, --overwrite removes it; or give another folder.",
+        )
+
+
+def _quantizer(options: argparse.Namespace, batches: list[Batch], folder: Path | None) -> Callable[[], Program]:
+    """What gives a saved program, or a model quantized by --config on --data; all that it needs is read already."""
     if options.program.endswith(".fxq"):
         if options.config is not None:
             got = f"--config {options.config}"
             raise FxquantError("analyze: a .fxq file is quantized already", expected="no --config", got=got)
-        return load_program(options.program)
+        program = load_program(options.program)
+        return lambda: program
     require_model_name(options.program, "a .fxq file, ")
     pipeline = load_pipeline(options.config or _CONFIG)
     captured = capture(load_model(options.program), first_batch(batches, options.data))
     unfinished = None if folder is None else folder / "unfinished"
-    return quantized(captured, pipeline, batches, unfinished, progress=sys.stderr.isatty())
+    return partial(quantized, captured, pipeline, batches, unfinished, progress=sys.stderr.isatty())
+
+
+def _show(report: AnalysisReport, options: argparse.Namespace, written: list[Path]) -> None:
+    """Print JSON alone where that is asked for; else the table, the rules and the names of the files."""
+    if options.json == "-":
+        print(json.dumps(report.to_dict(), indent=1))
+        return
+    print(report.table(max(_NARROWEST, shutil.get_terminal_size((_NARROWEST, 24)).columns), options.top))
+    if options.suggest:
+        print(f"\n{report.suggestions(options.suggest)}", end="")
+    if written:
+        print(f"\nwrote {', '.join(map(str, written))}")
 
 
 def _write(report: AnalysisReport, options: argparse.Namespace, folder: Path | None) -> list[Path]:
@@ -120,7 +148,7 @@ def _write(report: AnalysisReport, options: argparse.Namespace, folder: Path | N
     return [*json_paths, *html_paths]
 
 
-def _seed(text: str) -> int:
+def _whole(text: str) -> int:
     try:
         value = int(text)
     except ValueError:

@@ -137,8 +137,10 @@ def load_evaluate(name: str) -> Evaluate:
 
     def evaluate(model: Callable[..., Any]) -> float:
         with user_code(f"evaluate '{name}'"):
-            return float(found(model))
+            return found(model)  # type: ignore[no-any-return]  # whether it is a number, score_of sees
 
+    place, _, attribute = name.rpartition(":")
+    evaluate.__module__, evaluate.__qualname__ = str(Path(place)), attribute  # for fxquant.evaluation.name_of
     return evaluate
 
 

@@ -10,8 +10,7 @@ from contextlib import suppress
 from importlib.metadata import version
 
 from fxquant.cli import analyze, auto_quant, commands, tune
-from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, positive
-from fxquant.encodings import VERSIONS
+from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_config, add_data, add_output, named, positive
 from fxquant.errors import FxquantError
 from fxquant.numerics.runtime import Level
 from fxquant.parity.simulation import SIMULATIONS
@@ -87,12 +86,7 @@ def _add_demo(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--epochs", type=positive, default=5, help="training epochs (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, split and order (default: %(default)s)")
-    parser.add_argument(
-        "--config",
-        type=named,
-        default="int8_per_channel",
-        help="pipeline: packaged name or path (default: %(default)s)",
-    )
+    add_config(parser)
     parser.set_defaults(run=commands.demo)
 
 
@@ -153,26 +147,11 @@ def _add_quantize(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("model", help=MODEL_HELP)
     add_data(parser, required=True)
-    parser.add_argument(
-        "--config",
-        type=named,
-        default="int8_per_channel",
-        help="pipeline: packaged name or path (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--out",
-        required=True,
-        metavar="FOLDER",
-        help="folder for model.onnx and model.fxq, and for runtimes with a quantizer of their own model_float.onnx, "
+    add_config(parser)
+    add_output(
+        parser,
+        "folder for model.onnx and model.fxq, and for runtimes with a quantizer of their own model_float.onnx, "
         "model.encodings and model_state_dict.pth",
-    )
-    parser.add_argument("--opset", type=positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
-    parser.add_argument(
-        "--encodings",
-        default="1.0.0",
-        choices=VERSIONS,
-        metavar="VERSION",
-        help=f"version of model.encodings: {', '.join(VERSIONS)} (default: %(default)s)",
     )
     parser.set_defaults(run=commands.quantize)
 

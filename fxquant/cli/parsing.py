@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fxquant.encodings import VERSIONS
+
 MODEL_HELP = "package.module:callable, file.py:callable (an nn.Module, or what returns one), or an exported .pt2 file"
 DATA_HELP = (
     "a .npy or .npz file (samples on axis 0; .npz keys are the model's keywords), a folder of them, "
@@ -31,6 +33,28 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
         "--batch-size", type=positive, default=8, help="samples in a batch cut from files (default: %(default)s)"
     )
     parser.add_argument("--max-batches", type=positive, help="use no more than so many batches")
+
+
+def add_config(parser: argparse.ArgumentParser, purpose: str = "") -> None:
+    parser.add_argument(
+        "--config",
+        type=named,
+        default="int8_per_channel",
+        help=f"pipeline{purpose}: packaged name or path (default: %(default)s)",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser, text: str) -> None:
+    """--out, whose help is `text`, and what decides about the files in it."""
+    parser.add_argument("--out", required=True, metavar="FOLDER", help=text)
+    parser.add_argument("--opset", type=positive, default=21, help="ONNX opset, 13 or later (default: %(default)s)")
+    parser.add_argument(
+        "--encodings",
+        default="1.0.0",
+        choices=VERSIONS,
+        metavar="VERSION",
+        help=f"version of model.encodings: {', '.join(VERSIONS)} (default: %(default)s)",
+    )
 
 
 def named(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
 
 from fxquant.errors import FxquantError
 from fxquant.graph.program import Program
@@ -31,6 +33,20 @@ def as_arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         got=type(batch).__name__,
         remedy="Convert it to a tensor first.",
     )
+
+
+def batches_digest(batches: Iterable[Batch]) -> str:
+    """SHA-256 (hex) of batches, so that a run is not continued on others."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for leaf in pytree.tree_leaves(batch):
+            if not isinstance(leaf, torch.Tensor):
+                digest.update(repr(leaf).encode())
+                continue
+            raw = leaf.detach().cpu().contiguous().flatten()
+            digest.update(f"{leaf.dtype}:{tuple(leaf.shape)}:".encode())
+            digest.update(raw.view(torch.uint8).numpy().tobytes() if raw.numel() else b"")
+    return digest.hexdigest()
 
 
 def placeholder_values(program: Program, batch: Batch) -> dict[str, Any]:

@@ -8,18 +8,13 @@ from torch import fx
 from fxquant.graph.program import Program
 from fxquant.ops.table import TABLE
 
-CORRECTION = "bias_correction"  # key of a layer's meta: a number for each channel
+CORRECTION = "bias_correction"  # key of a layer's meta: a number for each channel; Rewriter.set_bias_correction
 
 
 def correction_of(node: fx.Node) -> torch.Tensor | None:
     """What was taken off a layer's bias so far, float64 of shape (channels,); None: nothing."""
     found = node.meta.get(CORRECTION)
     return None if found is None else torch.tensor(found, dtype=torch.float64)
-
-
-def keep_correction(node: fx.Node, taken: torch.Tensor) -> None:
-    """Write down all that was taken off a layer's bias so far."""
-    node.meta[CORRECTION] = taken.detach().cpu().double().tolist()
 
 
 def undo_corrections(program: Program) -> None:

@@ -12,6 +12,7 @@ from torch import fx
 
 from fxquant.errors import PassError
 from fxquant.graph.aliases import Aliases
+from fxquant.graph.bias_correction import CORRECTION
 from fxquant.graph.pass_data import PassData
 from fxquant.graph.program import FAKE_QUANTS, Note, Program, ValueType, describe
 from fxquant.graph.snapshot import NodeState, node_state
@@ -362,6 +363,10 @@ class Rewriter:
     def set_statistics(self, node: fx.Node, statistics: ChannelStatistics | None) -> None:
         """Say what is known of the output channels of a layer (None: nothing any more)."""
         self._set_meta(node, STATISTICS, statistics, STATISTICS)
+
+    def set_bias_correction(self, node: fx.Node, taken: torch.Tensor) -> None:
+        """Write down all that was taken off a layer's bias so far, a number for each channel."""
+        self._set_meta(node, CORRECTION, taken.detach().cpu().double().tolist(), CORRECTION)
 
     def set_float_reason(self, node: fx.Node, reason: str) -> None:
         """Say why a node's value stays in float."""

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxquant.errors import PassError
+from fxquant.graph.bias_correction import CORRECTION
 from fxquant.graph.module import ProgramModule
 from fxquant.graph.program import Note, Program, Stage, describe
 from fxquant.graph.statistics import STATISTICS
@@ -37,6 +38,7 @@ META_KEYS = (
     "float_reason",
     "shares_encoding_with",
     STATISTICS,
+    CORRECTION,
 )
 _WHOLE_SUBTREE = frozenset(
     ("add", "remove", "encode", "state", "edit")

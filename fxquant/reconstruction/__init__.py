@@ -3,6 +3,7 @@
 from fxquant.reconstruction.learn import Reconstruction as Reconstruction
 from fxquant.reconstruction.learn import Settings as Settings
 from fxquant.reconstruction.learn import reconstruct as reconstruct
+from fxquant.reconstruction.samples import Collector as Collector
 from fxquant.reconstruction.samples import Samples as Samples
 from fxquant.reconstruction.samples import collect as collect
 from fxquant.reconstruction.soft_rounding import SoftRounding as SoftRounding

@@ -1,14 +1,15 @@
 """Samples: what goes into a unit in the quantized program, and what comes out of it in float.
 
-Only these two are kept, for as many samples as fit in the given memory: the peak is that, the largest of them once more
-while batches are joined, and what a forward up to the unit holds at once (a value is dropped when nothing reads it).
+These two are kept for as many samples as fit in the given memory: the peak is that, the largest of them once more while
+batches are joined, what a forward up to the unit holds at once (a value is dropped when nothing reads it), and what is
+kept for the units to come (Collector).
 Of a convolution with a large output they are those of a few positions (patches.py), each a sample of its own.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import fx
 
 from fxquant.errors import PassError
 from fxquant.graph.batches import Batch
+from fxquant.graph.frontier import StagedWalk
 from fxquant.graph.program import Program, describe
-from fxquant.graph.segment import Segment, values_of
+from fxquant.graph.segment import Segment
 from fxquant.reconstruction.patches import PatchSegment, draw_positions, has_patches, outputs_at, patches_at
 from fxquant.reconstruction.units import Unit, weight_of
 
@@ -55,40 +57,104 @@ def segment_of(program: Program, unit: Unit, samples: Samples) -> Segment:
     return Segment(program, [unit.output], known)
 
 
+class Collector:
+    """Collects the samples of one unit after another: inputs from a program whose weights are learned meanwhile,
+    outputs from its float twin.
+
+    Both programs are run once, not once a unit: what leads to the units that are still to come is kept for all batches
+    (graph/frontier.py, StagedWalk), in `cache_mb` for both programs together; where it does not fit, the way from what
+    was kept last is computed again.
+
+    Arguments:
+        program, reference: the nodes of the units are those of `program`; `reference` calls their outputs the same.
+        units: in an order in which none reads what a later one computes; any of them may be left out when its turn
+            comes, but none collected twice.
+        batches: at least one (PassError).
+        cache_mb: megabytes for the samples of a unit, and as many for what is kept for the units to come.
+        seed: positions are drawn by it and the unit's name.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        reference: Program,
+        units: Sequence[Unit],
+        batches: Iterable[Batch],
+        cache_mb: int,
+        seed: int = 0,
+    ) -> None:
+        self._program = program
+        self._room = cache_mb * MEGABYTE
+        self._seed = seed
+        self._stage = {unit: stage for stage, unit in enumerate(units)}
+        self._targets = [reference.node(unit.output.name) for unit in units]
+        limit = self._room // 2
+        self._inputs_walk = StagedWalk(program, [unit.inputs for unit in units], batches, limit)
+        self._targets_walk = StagedWalk(reference, [[target] for target in self._targets], batches, limit)
+
+    def samples(self, unit: Unit) -> Samples | str:
+        """The unit's inputs in the program as it is now, and its float outputs, until the memory is full.
+
+        At least one sample is kept. Returns the reason why not, where the unit's values are no tensors of one number
+        of samples along axis 0, or differ in their other sizes from batch to batch.
+        """
+        stage = self._stage[unit]
+        rows = _Rows(self._program, unit, self._room, self._seed)
+        known, wanted = self._inputs_walk.values(stage), self._targets_walk.values(stage)
+        for given, outputs in zip(known, wanted, strict=True):
+            row = {node.name: value for node, value in given.items()}
+            rows.add({**row, _TARGET: outputs[self._targets[stage]]})
+            if rows.is_complete:
+                break
+        for walk, rest in ((self._inputs_walk, known), (self._targets_walk, wanted)):
+            while walk.fits and next(rest, None) is not None:  # units to come want these batches too
+                pass
+        return rows.joined()
+
+
 def collect(
     program: Program, reference: Program, unit: Unit, batches: Iterable[Batch], cache_mb: int, seed: int = 0
 ) -> Samples | str:
-    """Run batches up to the unit, in `program` as it is now and in `reference`, until `cache_mb` are full.
+    """The samples of one unit alone: see Collector."""
+    return Collector(program, reference, [unit], batches, cache_mb, seed).samples(unit)
 
-    At least one sample is kept. Returns the reason why not, where the unit's values are no tensors of one number of
-    samples along axis 0, or differ in their other sizes from batch to batch. Raises PassError if there is no batch.
-    Positions are drawn by the unit's name and `seed`.
-    """
-    names = [node.name for node in unit.inputs]
-    room = cache_mb * MEGABYTE
-    kept: list[dict[str, torch.Tensor]] = []
-    generator, each = generator_of(unit.name, seed), 1
-    known = values_of(program, batches, names)
-    expected = values_of(reference, batches, [unit.output.name])
-    for given, wanted in zip(known, expected, strict=True):
-        row = {**given, _TARGET: wanted[unit.output.name]}
-        reason = _why_not(row)
-        if reason:
-            return reason
-        row, each = _at_positions(program, unit, row, generator)
-        reason = _differs(row, kept)
-        if reason:
-            return reason
-        size = sum(value[:1].numel() * value.element_size() for value in row.values())
-        count = min(len(row[_TARGET]), max(room // max(size, 1), 0 if kept else 1))
-        kept.append({name: _first(value, count) for name, value in row.items()})
-        room -= size * count
-        if room < size:
-            break
-    if not kept:
-        raise PassError(f"reconstruction of '{unit.name}'", place=describe(unit.output), got="no batches")
-    joined = {name: torch.cat([row.pop(name) for row in kept]) for name in (*names, _TARGET)}
-    return Samples({node: joined[node.name] for node in unit.inputs}, joined[_TARGET], each)
+
+class _Rows:
+    """The samples of one unit while they are collected, batch by batch."""
+
+    def __init__(self, program: Program, unit: Unit, room: int, seed: int) -> None:
+        self._program, self._unit, self._room = program, unit, room
+        self._generator = generator_of(unit.name, seed)
+        self._kept: list[dict[str, torch.Tensor]] = []
+        self._each = 1
+        self._reason = ""
+        self.is_complete = False  # nothing more is wanted, or of use
+
+    def add(self, row: dict[str, torch.Tensor]) -> None:
+        """Keep what there is room for of a batch."""
+        self._reason = _why_not(row)
+        if not self._reason:
+            row, self._each = _at_positions(self._program, self._unit, row, self._generator)
+            self._reason = _differs(row, self._kept)
+        if self._reason:
+            self.is_complete = True
+            return
+        size = max(sum(value[:1].numel() * value.element_size() for value in row.values()), 1)
+        count = min(len(row[_TARGET]), max(self._room // size, 0 if self._kept else 1))
+        self._kept.append({name: _first(value, count) for name, value in row.items()})
+        self._room -= size * count
+        self.is_complete = self._room < size
+
+    def joined(self) -> Samples | str:
+        """All that was kept, or the reason why that is of no use; nothing is held any more."""
+        if self._reason:
+            return self._reason
+        unit = self._unit
+        if not self._kept:
+            raise PassError(f"reconstruction of '{unit.name}'", place=describe(unit.output), got="no batches")
+        names = [*(node.name for node in unit.inputs), _TARGET]
+        joined = {name: torch.cat([row.pop(name) for row in self._kept]) for name in names}
+        return Samples({node: joined[node.name] for node in unit.inputs}, joined[_TARGET], self._each)
 
 
 def generator_of(name: str, seed: int) -> torch.Generator:

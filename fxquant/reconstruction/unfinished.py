@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxquant.files import make_folder, remove, replacement, written
-from fxquant.graph.batches import Batch
+from fxquant.graph.batches import Batch, batches_digest
 from fxquant.graph.program import Program
 from fxquant.reconstruction.learn import Reconstruction
 
@@ -45,10 +44,7 @@ class Unfinished:
         self.folder = folder
         self.prefix = prefix
         digest = hashlib.sha256(f"{VERSION}:{owner}:{torch.__version__}".encode())
-        digest.update(f"{program.fingerprint()}:{reference.fingerprint()}".encode())
-        for batch in batches:
-            for leaf in pytree.tree_leaves(batch):
-                digest.update(_bytes(leaf))
+        digest.update(f"{program.fingerprint()}:{reference.fingerprint()}:{batches_digest(batches)}".encode())
         self.key = digest.hexdigest()
 
     def path(self, unit: str) -> Path:
@@ -85,11 +81,3 @@ def discard(folder: Path) -> None:
         remove(path)
     with contextlib.suppress(OSError):
         folder.rmdir()
-
-
-def _bytes(leaf: object) -> bytes:
-    if not isinstance(leaf, torch.Tensor):
-        return repr(leaf).encode()
-    tensor = leaf.detach().cpu().contiguous()
-    raw = tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
-    return f"{tensor.dtype}:{tuple(tensor.shape)}:".encode() + raw

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from fxquant.graph.program import Program, value_type
+from fxquant.graph.program import Program
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,3 @@ def weight_of(program: Program, quantizer: fx.Node) -> torch.Tensor:
     source = quantizer.args[0]
     assert isinstance(source, fx.Node)
     return program.tensor(source)
-
-
-def channel_axis_of(output: fx.Node) -> int:
-    """The channels of images and volumes lie on axis 1, those of everything else on the last one."""
-    found = value_type(output)
-    return 1 if found is not None and len(found.shape) >= 4 else -1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,18 +9,15 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fxquant.errors import clipped
-from fxquant.evaluation import lowered
 from fxquant.files import together, write_text
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
-from fxquant.lowering.lower import check_opset
-from fxquant.sim import write_files
 from fxquant.tuning.criterion import Drop
+from fxquant.tuning.output import text_of, write_model
 
 WIDTH, REASON = 140, 90  # characters of the table's lines, and of a reason in it
 
@@ -124,11 +120,8 @@ class AutoQuantResult:
         autoquant.json; returns the path of the integer ONNX file. All files take their places, or none.
         """
         place = Path(folder)
-        check_opset(opset)
-        program = lowered(self.program, self.pipeline)
         with together():
-            path = write_files(program, place, prefix, opset=opset, encodings_version=encodings_version)
-            write_text(place / f"{prefix}.toml", self.pipeline.to_toml())
+            path = write_model(self.program, self.pipeline, place, prefix, opset, encodings_version)
             write_text(place / "autoquant.json", json.dumps(self.to_dict(), indent=2) + "\n")
         return path
 
@@ -168,9 +161,7 @@ def _table(result: AutoQuantResult) -> str:
     table.add_row("float", "", f"{result.float_score:.6g}", "", "", "", "", "")
     for trial in result.trials:
         table.add_row(*map(escape, _cells(trial, result)))
-    text = io.StringIO()
-    Console(file=text, width=WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+    return text_of(table, WIDTH)
 
 
 def _cells(trial: Trial, result: AutoQuantResult) -> Sequence[str]:

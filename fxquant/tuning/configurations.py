@@ -18,6 +18,7 @@ from fxquant.graph.program import Program
 from fxquant.placement import Rule
 from fxquant.spec import PER_TENSOR, Granularity, SpecOverride
 from fxquant.tuning.candidates import Candidate
+from fxquant.tuning.costs import FLOAT_BITS
 from fxquant.tuning.groups import Group, Operation, find_groups
 
 Assignment = tuple[str, ...]  # the name of a candidate for each group
@@ -79,6 +80,11 @@ class Space:
             same = [name for name, setting in settings.items() if setting == wanted]
             found.append(candidate.name if candidate.name in settings or not same else same[0])
         return tuple(found)
+
+    def activation_bits(self, assignment: Assignment) -> int:
+        """Bits of what each group reads, summed over the groups; 32 for float."""
+        known = {item.name: item for item in self.candidates}
+        return sum(_bits_read(group, known[name]) for group, name in zip(self.groups, assignment, strict=True))
 
     def pipeline_of(self, assignment: Assignment, name: str) -> Pipeline:
         """The config with the assignment's rules."""
@@ -162,6 +168,13 @@ class Space:
 
     def _keeps_one_scale(self, item: Operation, candidate: Candidate) -> bool:
         return candidate.per_channel is False and item.granularity not in (None, PER_TENSOR) and self._selects
+
+
+def _bits_read(group: Group, candidate: Candidate) -> int:
+    bits = [item.activation_bits for item in group.operations if item.activation_bits is not None]
+    if not candidate.quantize or not bits:
+        return FLOAT_BITS
+    return candidate.activation_bits or max(bits)
 
 
 def _rules_place(pipeline: Pipeline) -> int:

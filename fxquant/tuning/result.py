@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxquant.evaluation import lowered
 from fxquant.files import together, write_text
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
-from fxquant.lowering.lower import check_opset
-from fxquant.sim import write_files
 from fxquant.tuning.configurations import Assignment, LeftOut
 from fxquant.tuning.criterion import Drop
 from fxquant.tuning.front_plot import front_plot
 from fxquant.tuning.groups import Group
+from fxquant.tuning.output import text_of, write_model
 from fxquant.tuning.pareto import pareto_front
 
 PLOT, REPORT = "front.svg", "tuning.json"
@@ -54,6 +51,8 @@ class TriedConfiguration:
         seconds: for calibration, export and evaluation.
         spread: of the measured latency (fxquant.tuning.costs.Latency), as a fraction; 0 for bit-ops.
         reason: why it failed, or "".
+        activation_bits: of what its groups read, summed, 32 for float; of equal costs the smaller sum is the better.
+        is_baseline: whether it has candidates that were not asked for: shown to compare with, and never chosen.
     """
 
     name: str
@@ -63,6 +62,8 @@ class TriedConfiguration:
     seconds: float
     spread: float = 0.0
     reason: str = ""
+    activation_bits: int = 0
+    is_baseline: bool = False
 
     @property
     def counts(self) -> str:
@@ -83,10 +84,25 @@ class EvaluatedPoint:
     score: float
     cost: float
 
+    @property
+    def activation_bits(self) -> int:
+        """The trial's."""
+        return self.trial.activation_bits
+
+
+def points_of(trials: Iterable[TriedConfiguration]) -> list[EvaluatedPoint]:
+    """The trials that have a score, but for baselines."""
+    return [
+        EvaluatedPoint(trial, trial.score, trial.cost)
+        for trial in trials
+        if trial.score is not None and trial.cost is not None and not trial.is_baseline
+    ]
+
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The configuration that meets the criterion at the least cost; where none meets it, the one with the best score.
+    """The configuration that meets the criterion at the least cost, of equal costs that with the fewest activation
+    bits; where none meets it, the one with the best score.
 
     Arguments:
         program: calibrated; train it, or `export` it.
@@ -134,17 +150,13 @@ class TuningResult:
 
     @property
     def front(self) -> tuple[TriedConfiguration, ...]:
-        """The configurations that no other one beats in score and cost, by rising cost."""
+        """The configurations that no other one beats in score and cost (fxquant.tuning.pareto), by rising cost."""
         return tuple(point.trial for point in pareto_front(self.points))
 
     @property
     def points(self) -> list[EvaluatedPoint]:
         """The trials that have a score."""
-        return [
-            EvaluatedPoint(trial, trial.score, trial.cost)
-            for trial in self.trials
-            if trial.score is not None and trial.cost is not None
-        ]
+        return points_of(self.trials)
 
     def trial(self, name: str) -> TriedConfiguration | None:
         """The trial of that name ("float"), if there is one."""
@@ -157,11 +169,8 @@ class TuningResult:
         returns the path of the integer ONNX file. All files take their places, or none.
         """
         place = Path(folder)
-        check_opset(opset)
-        program = lowered(self.program, self.pipeline)
         with together():
-            path = write_files(program, place, prefix, opset=opset, encodings_version=encodings_version)
-            write_text(place / f"{prefix}.toml", self.pipeline.to_toml())
+            path = write_model(self.program, self.pipeline, place, prefix, opset, encodings_version)
             self.save(place)
         return path
 
@@ -206,7 +215,7 @@ class TuningResult:
         }
 
     def __str__(self) -> str:
-        return "\n".join([_text(self._table()), "", *self._outcome(), *self._exceptions()])
+        return "\n".join([text_of(self._table(), WIDTH), "", *self._outcome(), *self._exceptions()])
 
     def _table(self) -> Table:
         table = Table("configuration", "groups", show_edge=False, pad_edge=False)
@@ -233,7 +242,7 @@ class TuningResult:
             share,
             "met" if trial.score >= self.threshold else "missed",
             "front" if is_front else "",
-            "<- chosen" if trial is self.chosen else "",
+            "<- chosen" if trial is self.chosen else "baseline" if trial.is_baseline else "",
         )
 
     def _outcome(self) -> list[str]:
@@ -267,9 +276,3 @@ class TuningResult:
         more = [f"  and {len(rows) - MOST_ROWS} more"] if len(rows) > MOST_ROWS else []
         head = f"{common}, but for {len(rows)} of {len(self.groups)} groups:" if rows else f"{common} in all groups"
         return [head, *(text for _, text in rows[:MOST_ROWS]), *more]
-
-
-def _text(table: Table) -> str:
-    text = io.StringIO()
-    Console(file=text, width=WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

@@ -40,10 +40,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an assignment was found to be."""
+    """What an assignment was found to be; of equal costs the one with fewer activation bits is the cheaper."""
 
     met: bool
     cost: float
+    activation_bits: int = 0
 
 
 TryOut = Callable[[Assignment], Outcome]
@@ -165,12 +166,17 @@ class Search:
             return current
         wanted = _moved(current, moves)
         outcome = self._outcome(wanted)
-        if outcome.met and outcome.cost <= self._outcome(current).cost * (1 + self.noise):
+        if outcome.met and self._is_no_dearer(outcome, self._outcome(current)):
             return wanted
         if len(moves) == 1:
             return current
         middle = len(moves) // 2
         return self._accepted(self._accepted(current, moves[:middle]), moves[middle:])
+
+    def _is_no_dearer(self, found: Outcome, before: Outcome) -> bool:
+        """Whether an outcome costs less, or as much but for noise without being wider."""
+        is_as_much = found.cost <= before.cost * (1 + self.noise)
+        return found.cost < before.cost or (is_as_much and found.activation_bits <= before.activation_bits)
 
 
 def _moved(current: Assignment, moves: Sequence[Step]) -> Assignment:

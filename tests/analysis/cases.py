@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from importlib import resources
 
+import torch
+
 import fxquant
-from fxquant.analysis import AnalysisReport, Score, UnitRow, ValueRow
+from fxquant.analysis import AnalysisReport, Score, UnitRow, ValueRow, analyze
 from fxquant.analysis.report import HistogramRow
 from fxquant.graph.pipeline import parse_pipeline
 from fxquant.graph.program import Program
+from fxquant.numerics.fake_quant import FakeQuant, Mode
 from tests import preset_nets
 
 NETS = ("residual", "plain", "depthwise", "attention", "decoder")
@@ -43,6 +48,30 @@ def _calibrated(name: str, rules: tuple[str, ...], preset: str) -> Program:
     program = prepared(name, *rules, preset=preset)
     fxquant.calibrate(program, preset_nets.batches(name))
     return program
+
+
+@cache
+def report_of(name: str, preset: str = "int8_per_channel") -> AnalysisReport:
+    """The analysis of a calibrated net on the batches that it was calibrated on; measured once."""
+    return analyze(calibrated(name, preset=preset), preset_nets.batches(name))
+
+
+def outputs(program: Program, name: str, keep: Callable[[FakeQuant], bool]) -> list[torch.Tensor]:
+    """What the whole module gives for each batch with these quantizers on: the slow and plain way."""
+    twin = program.copy()
+    twin.module.eval()
+    for _, module in twin.fake_quant_nodes():
+        if not keep(module):
+            module.mode = Mode.OFF
+    with torch.no_grad():
+        return [twin.module(batch) for batch in preset_nets.batches(name)]
+
+
+def db(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """SQNR over all elements of all batches."""
+    signal = sum(float((x.double() ** 2).sum()) for x in reference)
+    noise = sum(float(((x.double() - y.double()) ** 2).sum()) for x, y in zip(reference, found, strict=True))
+    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
 
 
 def synthetic(layers: int, name: str = "net") -> AnalysisReport:

@@ -5,47 +5,35 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fxquant.cli.main import main
 from fxquant.graph.pipeline import load_pipeline
+from tests.cli.model_file import write_images, write_model_file
 
-MODEL = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.bn(self.conv(x)))
-        return self.fc(x.mean((2, 3)))
-
-def make_net():
-    torch.manual_seed(0)
-    return Net().eval()
-
+MORE = """
 def closeness(model):
     x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     with open("calls.txt", "a") as file:
         file.write(".")
-    return 1 - float((model(x) - make_net()(x)).detach().abs().mean())
+    return 1 - float((model(x) - make_net().eval()(x)).detach().abs().mean())
+
+def other(model):
+    return closeness(model)
 
 def wrong(model):
     return 1 / 0
+
+def silent(model):
+    model(torch.zeros(1, 3, 8, 8))
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model file and data, as the working directory."""
-    (tmp_path / "auto_model.py").write_text(MODEL)
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(8, 3, 8, 8)).astype(np.float32))
+    write_model_file(tmp_path, MORE, "auto_model.py")
+    write_images(tmp_path / "images.npy", 8)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -92,7 +80,22 @@ def test_evaluate_that_raises_is_named_with_its_line(folder: Path, capsys: pytes
     assert autoquant("--drop", "0.5", evaluate="wrong") == 2
     error = capsys.readouterr().err
     assert "evaluate 'auto_model.py:wrong' raised" in error and "ZeroDivisionError" in error
-    assert not (folder / "out" / "model.onnx").exists()
+    assert not (folder / "out").exists()
+
+
+def test_evaluate_without_a_return_is_told_to_return_a_number(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert autoquant("--drop", "0.5", evaluate="silent") == 2
+    error = capsys.readouterr().err
+    assert "score of the float model; expected a number; got None. `evaluate` must return one number" in error
+    assert not (folder / "out").exists()
+
+
+def test_run_is_not_resumed_with_another_evaluate(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert autoquant("--drop", "0.5") == 0
+    assert autoquant("--drop", "0.5", "--resume", evaluate="other") == 2
+    error = capsys.readouterr().err
+    assert "of another run: evaluate; expected auto_model.py:other; got auto_model.py:closeness" in error
+    assert "overwrite=True (--overwrite)" in error and (folder / "calls.txt").read_text() == ".."
 
 
 @pytest.mark.parametrize(

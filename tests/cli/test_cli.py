@@ -15,26 +15,9 @@ from fxquant.cli import commands
 from fxquant.cli.main import main, make_parser
 from fxquant.parity import check_parity
 from fxquant.simulation import certification
+from tests.cli.model_file import write_images, write_model_file
 
-MODEL = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.bn(self.conv(x)))
-        return self.fc(x.mean((2, 3)))
-
-def make_net():
-    torch.manual_seed(0)
-    return Net()
-
+MORE = """
 def batches():
     torch.manual_seed(1)
     for _ in range(3):
@@ -47,9 +30,8 @@ seven = 7
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model file and data, as the working directory."""
-    (tmp_path / "model.py").write_text(MODEL)
-    data = np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32)
-    np.save(tmp_path / "images.npy", data)
+    write_model_file(tmp_path, MORE)
+    data = write_images(tmp_path / "images.npy")
     np.savez(tmp_path / "images.npz", x=data)
     (tmp_path / "parts").mkdir()
     np.save(tmp_path / "parts" / "a.npy", data[:6])

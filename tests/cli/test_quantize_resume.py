@@ -11,7 +11,7 @@ from fxquant.cli.main import main
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.storage import load_program
 from fxquant.passes import AdaRound
-from tests.cli.test_cli import MODEL
+from tests.cli.model_file import MODEL
 from tests.passes.test_adaround import Killed, kill_at
 
 

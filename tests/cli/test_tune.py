@@ -34,6 +34,12 @@ def closeness(model):
     with torch.no_grad():
         expected = make()(X)
     return 1 - float(((model(X) - expected) ** 2).sum() / (expected ** 2).sum())
+
+def other(model):
+    return closeness(model)
+
+def silent(model):
+    model(X)
 """
 
 
@@ -78,10 +84,21 @@ def test_files_are_written_and_the_criterion_is_met(
     text = capsys.readouterr().out
     assert "criterion (a drop of 5 %" in text and "check it: fxquant parity" in text
     assert main([*arguments, "--criterion", "5%"]) == 2  # a search is there
-    assert "resume=True continues that run" in capsys.readouterr().err
+    assert "resume=True (--resume) continues that run" in capsys.readouterr().err
+    others = [text.replace(":closeness", ":other") for text in arguments]
+    assert main([*others, "--criterion", "5%", "--resume"]) == 2
+    assert "of another run: evaluate; expected" in capsys.readouterr().err
     assert main([*arguments, "--criterion", ">=2", "--resume"]) == 1  # no model is that good
     assert "NOT met" in capsys.readouterr().out
     assert main(["parity", str(tmp_path / "out" / "model.onnx"), "--data", str(tmp_path / "x.npy")]) == 0
+
+
+def test_evaluate_without_a_return_leaves_nothing_behind(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([text.replace(":closeness", ":silent") for text in arguments] + ["--criterion", "5%"]) == 2
+    assert "expected a number; got None. `evaluate` must return one number" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_candidate_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:

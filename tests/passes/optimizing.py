@@ -54,6 +54,18 @@ class Small(nn.Module):
         return found
 
 
+class Tokens(nn.Module):
+    """Two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.two(torch.relu(self.one(x)))
+        return found
+
+
 @cache
 def images() -> tuple[torch.Tensor, ...]:
     """Two batches of images that are smooth, so that neighbours, hence inputs of a kernel, are correlated."""

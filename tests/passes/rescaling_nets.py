@@ -1,10 +1,12 @@
 """Nets for the tests of cross-layer equalization and absorbing biases: random ones with branches and dead channels, and
-the loops that say what equalization is to give.
+the loops that say what equalization is to give; pipelines with these passes, and the comparison with onnxruntime.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+import fxquant
+from fxquant.graph.passes import Pass
+from fxquant.graph.pipeline import Pipeline
+from fxquant.graph.program import NoteKind, Program
+from fxquant.numerics.runtime import RuntimeOptions
+from fxquant.passes import FoldBatchNorm
+
+IMAGE = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(1))
 SIZE = 9  # height and width of the random nets' images
 
 
@@ -136,3 +146,49 @@ def triple_by_loops(weights: list[np.ndarray], biases: list[np.ndarray]) -> None
             depthwise[channel] *= s12 / s23
             biases[1][channel] /= s23
             three[:, channel] *= s23
+
+
+def behind_folding(*items: Pass) -> Pipeline:
+    """int8_per_tensor with these passes behind fold-batch-norm."""
+    pipeline = fxquant.load_pipeline("int8_per_tensor")
+    passes = list(pipeline.prepare_passes)
+    place = next(index for index, item in enumerate(passes) if isinstance(item, FoldBatchNorm)) + 1
+    passes[place:place] = items
+    return pipeline.changed(prepare=passes)
+
+
+def assert_no_code_differs(program: Program, path: Path, data: list[torch.Tensor]) -> None:
+    """Export a finalized program; onnxruntime gives the codes that it gives."""
+    fxquant.export_onnx(program, path)
+    options = RuntimeOptions(threads=1)
+    report = fxquant.check_parity(program, path, data, options=options, simulation="exact", progress=False)
+    assert all(row.overall.compared > 0 and row.overall.differing == 0 for row in report.rows) and not report.fault
+
+
+def measured(program: Program) -> list[str]:
+    """What passes noted of what they measured."""
+    return [note.text for note in program.notes if note.kind is NoteKind.OPTIMIZATION]
+
+
+def conv(outputs: int = 6, inputs: int = 4, kernel: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, **options)
+
+
+class Net(nn.Module):
+    """Modules under names of their own; subclasses say how they are connected."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def spread(model: nn.Module, log2: float = 8.0, seed: int = 0) -> nn.Module:
+    """Move the output channels of every layer apart."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.ConvTranspose2d)):
+            rows = torch.rand(module.weight.shape[0], generator=generator)
+            with torch.no_grad():
+                module.weight.mul_(torch.exp2((rows - 0.5) * log2).view(-1, *[1] * (module.weight.ndim - 1)))
+    return model.eval()

@@ -13,14 +13,13 @@ from torch import nn
 
 import fxquant
 from fxquant.errors import PassError
-from fxquant.graph.manager import PassManager
-from fxquant.graph.program import NoteKind, Program
+from fxquant.graph.program import Program
 from fxquant.graph.statistics import ChannelStatistics, statistics_of
 from fxquant.graph.trace import PassEntry
-from fxquant.numerics.runtime import RuntimeOptions
 from fxquant.passes import AbsorbHighBias, CrossLayerEqualization, FoldBatchNorm
 from tests.helpers import Builder, assert_golden, run_pass
 from tests.passes.harness import ROUNDING, Chain, captured, difference, output, reasons
+from tests.passes.rescaling_nets import assert_no_code_differs, behind_folding, measured
 
 IMAGE = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 ROWS = torch.rand(5, 4, generator=torch.Generator().manual_seed(2))
@@ -39,10 +38,6 @@ def prepared(model: nn.Module, *inputs: torch.Tensor) -> Program:
     program = captured(model, *inputs)
     run_pass(FoldBatchNorm(), program)
     return program
-
-
-def measured(program: Program) -> list[str]:
-    return [note.text for note in program.notes if note.kind is NoteKind.OPTIMIZATION]
 
 
 EXACT: dict[str, tuple[list[nn.Module], torch.Tensor]] = {
@@ -232,17 +227,10 @@ def test_golden_diff() -> None:
 def test_no_code_differs_in_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 6, 3, padding=1), high(6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 1)]
-    pipeline = fxquant.load_pipeline("int8_per_tensor")
-    passes = list(pipeline.prepare_passes)
-    place = next(index for index, item in enumerate(passes) if isinstance(item, FoldBatchNorm)) + 1
-    passes[place:place] = [CrossLayerEqualization(), AbsorbHighBias()]
+    pipeline = behind_folding(CrossLayerEqualization(), AbsorbHighBias())
     program = fxquant.capture(nn.Sequential(*layers).eval(), IMAGE)
-    PassManager(passes).run(program)
+    pipeline.prepare(program)
     assert any("absorbed into" in text for text in measured(program))
     fxquant.calibrate(program, [IMAGE], progress=False)
     pipeline.finalize(program)
-    path = tmp_path / "net.onnx"
-    fxquant.export_onnx(program, path)
-    options = RuntimeOptions(threads=1)
-    report = fxquant.check_parity(program, path, [IMAGE], options=options, simulation="exact", progress=False)
-    assert all(row.overall.compared > 0 and row.overall.differing == 0 for row in report.rows) and not report.fault
+    assert_no_code_differs(program, tmp_path / "net.onnx", [IMAGE])

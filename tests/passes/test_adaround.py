@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from fxquant.lowering.export import export_onnx
 from fxquant.numerics.fake_quant import Mode
 from fxquant.parity import check_parity
 from fxquant.passes import AdaRound
+from fxquant.reconstruction import Reconstruction, Samples, Unit
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import captured, reasons
 from tests.passes.pipelines import residual
@@ -226,16 +228,36 @@ def test_pipeline_runs_it_by_name_and_export_has_0_differing_codes(tmp_path: Pat
 
 def test_layers_behind_learn_on_what_rounded_layers_before_give(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, torch.Tensor] = {}
-    collect = rounding_run.collect
+    learn = rounding_run.reconstruct
 
-    def recording(*args: Any) -> Any:
-        samples = collect(*args)
+    def recording(bench: Program, unit: Unit, samples: Samples, *args: Any, **options: Any) -> Any:
         seen.update({node.name: value for node, value in samples.inputs.items()})
-        return samples
+        return learn(bench, unit, samples, *args, **options)
 
-    monkeypatch.setattr(rounding_run, "collect", recording)
+    monkeypatch.setattr(rounding_run, "reconstruct", recording)
     program, _ = rounded()
     for name, found in seen.items():
         now = torch.cat([row[name] for row in values_of(program, BATCHES, [name])])
         assert torch.equal(found, now), name
     assert len(seen) == 3
+
+
+@dataclass(frozen=True)
+class Telling(AdaRound):
+    """The pass, whose caller hears of each unit."""
+
+    heard: ClassVar[list[Reconstruction]]
+
+    def learned(self, found: Reconstruction) -> None:
+        """Keep it."""
+        self.heard.append(found)
+
+
+def test_subclass_hears_of_each_unit_also_of_one_that_is_read_from_a_file(tmp_path: Path) -> None:
+    curves = []
+    for _ in range(2):
+        Telling.heard = []
+        program, _ = rounded(Telling(iterations=120), tmp_path)
+        assert [found.unit for found in Telling.heard] == ["conv1", "conv2", "fc"]
+        curves.append([found.curve for found in Telling.heard])
+    assert curves[0] == curves[1] and program.fingerprint() == rounded()[0].fingerprint()

@@ -336,11 +336,27 @@ def test_layers_that_cannot_be_corrected_are_declined_with_the_reason() -> None:
     program = calibrated(Twice().eval(), IMAGES)
     program.module.get_submodule(str(program.node("left_weight_fq").target)).mode = Mode.OFF  # type: ignore[assignment]
     found = reasons(correct(program, IMAGES))
-    assert "conv left as it is: its bias conv_bias is read at 2 places" in found
-    assert "conv_1 left as it is: its bias conv_bias is read at 2 places" in found
     assert "left left as it is: its weight is not quantized" in found
     assert "matmul left as it is: matmul takes no bias" in found
     assert any(text.startswith("linear left as it is: its bias is computed, by mul") for text in found), found
+
+
+def test_a_layer_called_twice_gets_a_bias_for_each_call(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = calibrated(Twice().eval(), IMAGES)
+    reference = float_twin(program)
+    kept = program.module.get_parameter("conv.bias").detach().clone()
+    correct(program, IMAGES)
+    own = {str(program.node(name).args[2].args[0].target) for name in ("conv", "conv_1")}  # type: ignore[union-attr]
+    assert len(own) == 2 and own <= {"conv.bias", "conv.bias_1", "conv.bias_2"}
+    assert_corrected(program, reference, IMAGES, but=("matmul", "linear"))
+    undone = float_twin(program).module(IMAGES[0])
+    assert torch.allclose(undone, reference.module(IMAGES[0]), atol=1e-6)
+    assert {edit.action for edit in correct(program, IMAGES).edits} == {"state"}
+    assert torch.equal(program.module.get_parameter("conv.bias"), kept) or "conv.bias" in own
+    load_pipeline("int8_per_channel").finalize(program)
+    fxquant.export_onnx(program, tmp_path / "model.onnx")
+    assert fxquant.check_parity(program, tmp_path / "model.onnx", IMAGES).certified_differing == 0
 
 
 def test_live_batch_norm_is_declined_with_the_reason() -> None:

@@ -19,7 +19,8 @@ from fxquant.numerics.fake_quant import Mode
 from fxquant.passes import CorrectBias, FoldBatchNorm
 from fxquant.passes.clipped_normal import clipped, integrated, leaky
 from fxquant.passes.correct_bias import Method
-from fxquant.passes.value_moments import Moments, value_moments
+from fxquant.passes.moments import Moments
+from fxquant.passes.value_moments import value_moments
 from tests.helpers import run_pass
 from tests.passes.harness import captured, reasons
 from tests.passes.test_correct_bias import calibrated, correct, mean_errors

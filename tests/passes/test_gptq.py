@@ -21,7 +21,7 @@ from fxquant.passes.quantized_layers import quantized_layers
 from fxquant.spec import Granularity, SpecOverride
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import reasons
-from tests.passes.optimizing import Mixed, Small, calibrated, codes_that_differ, images, notes, run, sqnr
+from tests.passes.optimizing import Mixed, Small, Tokens, calibrated, codes_that_differ, images, notes, run, sqnr
 
 
 def weights(program: Program) -> dict[str, tuple[FakeQuant, torch.Tensor]]:
@@ -84,17 +84,8 @@ def test_layer_reads_what_the_rounded_layers_before_it_leave() -> None:
 
 @pytest.mark.parametrize("granularity", [Granularity(), Granularity(1, 2), Granularity(0)], ids=str)
 def test_grids_per_tensor_per_block_and_per_channel_are_kept(granularity: Granularity) -> None:
-    class Product(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 6)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            found: torch.Tensor = self.two(torch.relu(self.one(x)))
-            return found
-
     torch.manual_seed(0)
-    program = fxquant.capture(Product().eval(), images()[0])
+    program = fxquant.capture(Tokens().eval(), images()[0])
     pipeline = fxquant.load_pipeline("w4a8")
     passes = [item for item in pipeline.prepare_passes if item.name not in ("select-per-channel", "quantize-bias")]
     changed = pipeline.changed(prepare=passes).override(weight=SpecOverride(granularity=granularity))

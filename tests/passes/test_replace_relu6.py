@@ -16,14 +16,14 @@ import fxquant
 from fxquant.errors import PassError
 from fxquant.graph.manager import PassManager
 from fxquant.graph.pass_data import PassData
-from fxquant.graph.program import NoteKind, Program
+from fxquant.graph.program import Program
 from fxquant.graph.trace import PassEntry
-from fxquant.numerics.runtime import RuntimeOptions
-from fxquant.passes import CrossLayerEqualization, FoldBatchNorm, ReplaceRelu6
+from fxquant.passes import CrossLayerEqualization, ReplaceRelu6
 from fxquant.passes.equalization import range_ratio
 from fxquant.passes.output_change import Comparison, OutputChange
 from tests.helpers import Builder, assert_golden, assert_rewrites, run_pass
 from tests.passes.harness import Chain, captured, output, reasons
+from tests.passes.rescaling_nets import assert_no_code_differs, behind_folding, measured
 
 aten = torch.ops.aten
 IMAGE = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -33,10 +33,6 @@ UNMEASURED = ReplaceRelu6(measure=False)
 def run(item: ReplaceRelu6, program: Program, batches: list[torch.Tensor]) -> PassEntry:
     (entry,) = PassManager([item]).run(program, data=PassData(batches)).entries
     return entry
-
-
-def measured(program: Program) -> list[str]:
-    return [note.text for note in program.notes if note.kind is NoteKind.OPTIMIZATION]
 
 
 def targets(program: Program) -> list[Any]:
@@ -204,17 +200,9 @@ def test_golden_diff() -> None:
 def test_no_code_differs_in_onnxruntime(tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = [nn.Conv2d(4, 6, 3), nn.ReLU6(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU6(), nn.Conv2d(6, 5, 1)]
-    pipeline = fxquant.load_pipeline("int8_per_tensor")
-    passes = list(pipeline.prepare_passes)
-    place = next(index for index, item in enumerate(passes) if isinstance(item, FoldBatchNorm)) + 1
-    passes[place:place] = [ReplaceRelu6(), CrossLayerEqualization()]
-    pipeline = pipeline.changed(prepare=passes)
+    pipeline = behind_folding(ReplaceRelu6(), CrossLayerEqualization())
     program = fxquant.capture(nn.Sequential(*layers).eval(), IMAGE)
     pipeline.prepare(program, batches=[IMAGE])
     fxquant.calibrate(program, [IMAGE], progress=False)
     pipeline.finalize(program)
-    path = tmp_path / "net.onnx"
-    fxquant.export_onnx(program, path)
-    options = RuntimeOptions(threads=1)
-    report = fxquant.check_parity(program, path, [IMAGE], options=options, simulation="exact", progress=False)
-    assert all(row.overall.compared > 0 and row.overall.differing == 0 for row in report.rows) and not report.fault
+    assert_no_code_differs(program, tmp_path / "net.onnx", [IMAGE])

@@ -26,19 +26,7 @@ from fxquant.passes.quantized_layers import quantized_layers
 from fxquant.spec import Granularity, SpecOverride
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import reasons
-from tests.passes.optimizing import Mixed, Small, calibrated, codes_that_differ, images, notes, run, sqnr
-
-
-class Tokens(nn.Module):
-    """Two linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.two(torch.relu(self.one(x)))
-        return found
+from tests.passes.optimizing import Mixed, Small, Tokens, calibrated, codes_that_differ, images, notes, run, sqnr
 
 
 def weight_quantizers(program: Program) -> dict[str, FakeQuant]:

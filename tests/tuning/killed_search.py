@@ -39,7 +39,7 @@ def bias_seen(folder: Path, scores: list[float]) -> Callable[..., float]:
     return evaluate
 
 
-def search(folder: Path, **changes: Any) -> AutoQuantResult:
+def search(folder: Path, evaluate: Callable[..., float] | None = None, **changes: Any) -> AutoQuantResult:
     """The search, begun or resumed."""
     torch.set_num_threads(1)
     batches = images()
@@ -47,7 +47,7 @@ def search(folder: Path, **changes: Any) -> AutoQuantResult:
         plain_net(),
         (batches[0],),
         batches,
-        bias_seen(folder, []),
+        evaluate or bias_seen(folder, []),
         target=1e9,
         config=pipeline(),
         folder=folder,

@@ -36,6 +36,34 @@ class Wild(nn.Module):
         return torch.as_tensor(self.fc(x.flatten(1)))
 
 
+class Pooled(nn.Module):
+    """stem, left + right, pooling, wide, wild; the sum and the pooling multiply nothing. Images (N, 1, 8, 8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.left, self.right = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.wide, self.wild = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        x = nn.functional.avg_pool2d(self.left(x) + self.right(x), 2)
+        return torch.as_tensor(self.wild(torch.relu(self.wide(x))))
+
+
+def pooled_net(octaves: int = 7) -> Pooled:
+    """A net that was never trained, one of whose channels between wide and wild is 2^octaves times as large."""
+    torch.manual_seed(0)
+    net = Pooled()
+    factor = 2.0**octaves
+    with torch.no_grad():
+        assert net.wide.bias is not None
+        net.wide.weight[0] *= factor
+        net.wide.bias[0] *= factor
+        net.wild.weight[:, 0] /= factor
+    return net.eval()
+
+
 @cache
 def digits() -> Digits:
     """scikit-learn's digits."""

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxquant.capture import capture
-from fxquant.errors import ConfigError, FxquantError, PassError, StorageError
+from fxquant.errors import CalibrationError, ConfigError, FxquantError, PassError, StorageError
 from fxquant.evaluation import lowered, quantized
-from fxquant.graph.pipeline import load_pipeline
-from fxquant.graph.program import Stage
+from fxquant.graph.pipeline import Pipeline, load_pipeline
+from fxquant.graph.program import Program, Stage
 from fxquant.graph.storage import load_program
 from fxquant.parity import check_parity
 from fxquant.tuning.auto_quant import auto_quantize
 from fxquant.tuning.auto_quant_result import AutoQuantResult, Trial, Verdict
+from fxquant.tuning.auto_quant_search import Measure
 from fxquant.tuning.auto_quant_steps import AddedPass, Step, default_steps
 from fxquant.tuning.criterion import Drop
 from tests.tuning.auto_quant_nets import (
@@ -146,6 +147,30 @@ def test_search_without_any_score_says_why() -> None:
         FxquantError, match="expected a trial that has a score; got none; 'fails' failed: .*always gets"
     ):
         search(Scripted(0.9), steps=(FAILS,))
+
+
+def test_data_that_no_step_can_mend_ends_the_search_at_once(tmp_path: Path) -> None:
+    batches = images()
+    batches[1][0, 0, 0, 0] = float("nan")
+    evaluate = Scripted(0.9, 0.5)
+    with pytest.raises(CalibrationError, match="not finite|NaN"):
+        auto_quantize(
+            plain_net(), (batches[0],), batches, evaluate, target=1.0, config=pipeline(), steps=NUDGES, folder=tmp_path
+        )
+    assert evaluate.calls == 1  # the float model's
+    assert list(json.loads((tmp_path / "trials.json").read_text())["records"]) == ["float"]
+
+
+def test_calibration_that_only_a_step_spoils_is_a_failed_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Measure.quantized
+
+    def spoilt(self: Measure, pipeline: Pipeline, folder: Path | None) -> Program:
+        if len(pipeline.optimize_passes):
+            raise CalibrationError("calibrate", got="Inf")
+        return make(self, pipeline, folder)
+
+    monkeypatch.setattr(Measure, "quantized", spoilt)
+    assert verdicts(search(Scripted(0.9, 0.5), steps=NUDGES[:2])) == ["kept", "failed"]
 
 
 def test_error_of_the_users_own_code_is_not_swallowed() -> None:
@@ -355,7 +380,7 @@ def test_drop_of_no_size_is_refused(amount: float) -> None:
 
 def test_folder_with_an_earlier_run_is_refused(tmp_path: Path) -> None:
     search(Scripted(0.9, 0.5), steps=(AS_IS,), folder=tmp_path)
-    with pytest.raises(StorageError, match="resume=True continues that run"):
+    with pytest.raises(StorageError, match=r"resume=True \(--resume\) continues that run"):
         search(Scripted(), folder=tmp_path)
 
 

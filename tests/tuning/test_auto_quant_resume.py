@@ -20,7 +20,7 @@ from fxquant.files import remove
 from fxquant.graph.storage import load_program
 from fxquant.reconstruction.unfinished import Unfinished
 from fxquant.tuning.auto_quant_result import AutoQuantResult
-from tests.tuning.auto_quant_nets import KILL, nudge
+from tests.tuning.auto_quant_nets import KILL, Scripted, nudge
 from tests.tuning.killed_search import ROUNDING, STEPS, search
 
 ROOT = Path(__file__).parent.parent.parent
@@ -148,6 +148,9 @@ def test_search_is_not_continued_under_another_recipe(tmp_path: Path) -> None:
         search(tmp_path, steps=STEPS[:1], seed=1)
     with pytest.raises(StorageError, match="of another run: evaluate_on"):
         search(tmp_path, steps=STEPS[:1], evaluate_on="exact")
+    expected = "another run: evaluate; expected .*auto_quant_nets:Scripted; got .*killed_search:bias_seen.<locals>.eval"
+    with pytest.raises(StorageError, match=expected):
+        search(tmp_path, steps=STEPS[:1], evaluate=Scripted(0.5))
 
 
 def test_overwrite_begins_anew(tmp_path: Path) -> None:

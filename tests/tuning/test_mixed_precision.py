@@ -23,7 +23,7 @@ from fxquant.tuning.probe import Setting
 from fxquant.tuning.result import TriedConfiguration, TuningResult
 from tests.preset_nets import batches as noise
 from tests.preset_nets import net
-from tests.tuning.mixed_nets import KILL, RELATIVE, Counting, accuracy, batches, example, wild_net
+from tests.tuning.mixed_nets import KILL, RELATIVE, Counting, accuracy, batches, example, pooled_net, wild_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -44,7 +44,7 @@ def tune(evaluate: Any = accuracy, **options: Any) -> TuningResult:
 @pytest.fixture(scope="module")
 def tuned(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[TuningResult, Path]:
     folder = tmp_path_factory.mktemp("tuning")
-    return tune(folder=folder), folder
+    return tune(Counting(), folder=folder), folder
 
 
 def uniform(result: TuningResult, name: str) -> TriedConfiguration:
@@ -71,6 +71,17 @@ def test_most_groups_stay_int8_and_the_exception_reads_the_wild_value(tuned: tup
 def test_baselines_are_tried_first(tuned: tuple[TuningResult, Path]) -> None:
     names = [trial.name for trial in tuned[0].trials]
     assert names[:4] == ["float", "int8_per_channel", "int8_per_tensor", "int16_activations"]
+
+
+def test_what_was_not_asked_for_is_shown_and_never_chosen() -> None:
+    result = tune(candidates=["int8_per_channel"], criterion=-100.0, max_trials=2)
+    assert [trial.name for trial in result.trials if trial.is_baseline] == ["int8_per_tensor"]
+    assert set(result.chosen.assignment) <= {"float", "int8_per_channel"} and result.met
+    assert not any(trial.is_baseline for trial in result.front)
+    assert len([trial for trial in result.trials if not trial.is_baseline]) == 2  # baselines are not of the budget
+    assert "baseline" in str(result) and "except_nodes" not in result.pipeline.to_toml()
+    tensor = tune(candidates=["int8_per_tensor"], criterion=-100.0, max_trials=2)
+    assert [trial.name for trial in tensor.trials if trial.is_baseline] == ["int8_per_channel"]
 
 
 def test_saved_config_makes_the_same_codes(tuned: tuple[TuningResult, Path], tmp_path: Path) -> None:
@@ -114,6 +125,24 @@ def test_saved_files_hold_every_configuration_and_the_front(tuned: tuple[TuningR
     assert len(root.findall("{*}circle")) == len(result.trials)
     (chosen,) = [item for item in root.findall("{*}circle") if item.get("class") == "chosen"]
     assert result.chosen.name in "".join(chosen.itertext())
+
+
+def test_what_costs_nothing_is_not_widened_without_need() -> None:
+    data, model = batches(), pooled_net()
+    with torch.no_grad():
+        expected = model(data[0])
+
+    def closeness(found: Any) -> float:
+        return 1 - float(((found(data[0]) - expected) ** 2).sum() / (expected**2).sum())
+
+    result = tune_precision(model, data[0], data, closeness, criterion=Drop(1e-4), evaluate_on="float", progress=False)
+    found = dict(zip((group.name for group in result.groups), result.chosen.assignment, strict=True))
+    assert result.met and found["wild"] == "int16_activations"
+    assert found["add"] == found["avg_pool2d"] == "int8_per_channel"
+    wider = [trial for trial in result.trials if trial.cost == result.cost and (trial.score or 0) > result.score]
+    assert wider  # which a choice by the score would have taken
+    assert result.chosen in result.front
+    assert len({(trial.score, trial.cost) for trial in result.front}) == len(result.front)
 
 
 @pytest.mark.slow
@@ -177,7 +206,10 @@ def test_folder_of_another_search_is_refused(tuned: tuple[TuningResult, Path]) -
     with pytest.raises(StorageError, match="is there already"):
         tune(folder=tuned[1])
     with pytest.raises(StorageError, match="of another run: candidates"):
-        tune(folder=tuned[1], resume=True, candidates=("w4a8",))
+        tune(Counting(), folder=tuned[1], resume=True, candidates=("w4a8",))
+    expected = "another run: evaluate; expected tests.tuning.mixed_nets:accuracy; got tests.tuning.mixed_nets:Counting"
+    with pytest.raises(StorageError, match=expected):
+        tune(accuracy, folder=tuned[1], resume=True)
 
 
 def test_unreachable_criterion_is_reported_and_the_best_is_kept() -> None:

@@ -410,6 +410,35 @@ def test_move_that_costs_more_than_reckoned_is_not_accepted() -> None:
     assert ("float", "float") in asked
 
 
+@pytest.mark.parametrize(
+    ("noise", "cost", "bits", "is_taken"),
+    [(0.02, 101, 16, True), (0.0, 101, 16, False), (0.0, 100, 32, True), (0.0, 100, 33, False), (0.0, 99, 33, True)],
+)
+def test_move_is_taken_if_it_is_cheaper_or_within_noise_and_no_wider(
+    noise: float, cost: float, bits: int, is_taken: bool
+) -> None:
+    """Float costs 100 and has 32 bits; 4-bit weights are right beside 16-bit activations alone."""
+    ladders = [ladder([Option("float", 50, 0), Option("a16", 40, 8), Option("w4", 5, 9)])] * 2
+    costs, widths = {"float": 100.0, "a16": cost, "w4": 50.0}, {"float": 32, "a16": bits, "w4": 8}
+    asked: list[tuple[str, ...]] = []
+
+    def try_out(assignment: tuple[str, ...]) -> Outcome:
+        asked.append(assignment)
+        is_met = "w4" not in assignment or set(assignment) == {"a16", "w4"}
+        return Outcome(is_met, sum(map(costs.__getitem__, assignment)), sum(map(widths.__getitem__, assignment)))
+
+    Search(ladders, try_out, noise).run()
+    assert (("w4", "a16") in asked) is is_taken
+
+
+def test_activation_bits_are_those_of_what_each_group_reads() -> None:
+    space = space_of(net("residual"))
+    widths = {name: space.activation_bits(space.uniform(CANDIDATES[name])) for name in ("float", "w4a16", "w4a8")}
+    assert widths == {name: bits * len(space.groups) for name, bits in (("float", 32), ("w4a16", 16), ("w4a8", 8))}
+    as_configured = Space(capture(net("residual").eval(), IMAGE), PER_CHANNEL, (Candidate("plain"),), [IMAGE])
+    assert as_configured.activation_bits(("plain",) * len(space.groups)) == 8 * len(space.groups)
+
+
 def test_functional_padding_and_relu_stay_with_their_readers() -> None:
     class Padded(nn.Module):
         def __init__(self) -> None:

@@ -21,13 +21,14 @@ class Trial:
 class Point:
     score: float
     cost: float
+    activation_bits: int = 8
 
     @property
     def trial(self) -> Trial:
         return Trial(f"<{self.score} & {self.cost}>")
 
 
-POINTS = st.lists(st.builds(Point, st.integers(0, 6), st.integers(0, 6)), max_size=12)
+POINTS = st.lists(st.builds(Point, st.integers(0, 6), st.integers(0, 6), st.integers(0, 2)), max_size=12)
 WIDE = st.floats(-1e6, 1e6)
 
 
@@ -37,13 +38,24 @@ def test_nothing_on_the_front_is_dominated_and_all_else_is(points: list[Point]) 
     for point in points:
         is_dominated = any(_beats(other, point) for other in points)
         assert (point in front) is not is_dominated
-    assert len(front) == sum(point in front for point in points)  # equal ones, as often as they are there
+    assert len(front) == len(set(front))  # one of equal ones
+    assert len(front) == len({(point.score, point.cost) for point in front})
     assert [point.cost for point in front] == sorted(point.cost for point in front)
 
 
 def _beats(one: Point, other: Point) -> bool:
     """The definition, in other words than the code's."""
-    return (one.score, -one.cost) != (other.score, -other.cost) and one.score >= other.score and one.cost <= other.cost
+    is_cheaper = one.cost < other.cost or (one.cost == other.cost and one.activation_bits < other.activation_bits)
+    is_as_cheap = is_cheaper or (one.cost == other.cost and one.activation_bits == other.activation_bits)
+    return one != other and one.score >= other.score and (is_cheaper or is_as_cheap)
+
+
+def test_of_equal_scores_and_costs_the_narrower_is_on_the_front() -> None:
+    wide, narrow, better = Point(0.5, 10, 32), Point(0.5, 10, 16), Point(0.6, 10, 32)
+    assert pareto_front([wide, narrow, better]) == (narrow, better)
+    first, second = Point(0.5, 10), Point(0.5, 10)
+    (only,) = pareto_front([first, second])
+    assert only is first
 
 
 @given(POINTS.filter(bool))
