@@ -90,12 +90,12 @@ class EvaluatedPoint:
         return self.trial.activation_bits
 
 
-def points_of(trials: Iterable[TriedConfiguration]) -> list[EvaluatedPoint]:
-    """The trials that have a score, but for baselines."""
+def points_of(trials: Iterable[TriedConfiguration], *, baselines: bool = False) -> list[EvaluatedPoint]:
+    """The trials that have a score; of baselines only if they are asked for."""
     return [
         EvaluatedPoint(trial, trial.score, trial.cost)
         for trial in trials
-        if trial.score is not None and trial.cost is not None and not trial.is_baseline
+        if trial.score is not None and trial.cost is not None and (baselines or not trial.is_baseline)
     ]
 
 
@@ -151,12 +151,12 @@ class TuningResult:
     @property
     def front(self) -> tuple[TriedConfiguration, ...]:
         """The configurations that no other one beats in score and cost (fxquant.tuning.pareto), by rising cost."""
-        return tuple(point.trial for point in pareto_front(self.points))
+        return tuple(point.trial for point in pareto_front(points_of(self.trials)))
 
     @property
     def points(self) -> list[EvaluatedPoint]:
-        """The trials that have a score."""
-        return points_of(self.trials)
+        """The trials that have a score, baselines too."""
+        return points_of(self.trials, baselines=True)
 
     def trial(self, name: str) -> TriedConfiguration | None:
         """The trial of that name ("float"), if there is one."""
@@ -258,7 +258,8 @@ class TuningResult:
             found = "failed" if reference.score is None else f"scored {reference.score:.6g}"
             lines.append(f"not even the model with all groups in float, run in the same way, meets it: it {found}")
         if not self.is_complete:
-            lines.append(f"the search ended at its budget of {len(self.trials)} configurations; max_trials raises it")
+            spent = sum(not trial.is_baseline for trial in self.trials)
+            lines.append(f"the search ended at its budget of {spent} configurations; max_trials raises it")
         if self.cost_kind is Cost.LATENCY:
             worst = max((trial.spread for trial in self.trials), default=0.0)
             lines.append(f"latencies: medians of runs in turns with float's; spread at most {worst:.1%}")
