@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +40,8 @@ def learn(task: Task) -> Rounded:
     program = capture(task.block, (task.batches[0],))
     load_pipeline("w4a8").prepare(program)
     calibrate(program, task.batches, progress=False)
-    item = TellingAdaRound(iterations=task.iterations, learning_rate=1e-3, early_stop=False)
+    options: dict[str, Any] = {"learning_rate": 1e-3, "early_stop": False, "positions": task.positions}
+    item = TellingAdaRound(iterations=task.iterations, **options)
     PassManager([item]).run(program, data=PassData(task.batches, progress=False))
     return Rounded(program.module.eval(), item.losses, off_grid(program))
 

@@ -32,11 +32,15 @@ CHANNELS, BATCH, SEED = 64, 32, 0
 
 @dataclass(frozen=True)
 class Task:
-    """A block in eval mode, samples (N, 64, size, size) in batches, and how many iterations each layer takes."""
+    """A block in eval mode, samples (N, 64, size, size) in batches, and how many iterations each layer takes.
+
+    positions: at how many positions of each sample's output layers are compared, if that can be chosen; None: at all.
+    """
 
     block: nn.Module
     batches: list[Tensor]
     iterations: int
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def make_task(options: argparse.Namespace) -> Task:
     generator = torch.Generator().manual_seed(SEED)
     samples = torch.randn(options.samples, CHANNELS, options.size, options.size, generator=generator)
     samples = torch.relu(samples + torch.randn(options.samples, CHANNELS, 1, 1, generator=generator))
-    return Task(block, list(torch.split(samples, BATCH)), options.iterations)
+    return Task(block, list(torch.split(samples, BATCH)), options.iterations, options.positions)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -124,6 +128,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         description="A contender of benchmarks/adaround_cost.py; it is driven by its pipes."
     )
     parser.add_argument("--iterations", type=int, default=50, help="of each layer (default 50)")
+    parser.add_argument("--positions", type=int, help="of each sample's output (default all)")
     parser.add_argument("--samples", type=int, default=64, help="inputs of the block (default 64)")
     parser.add_argument("--size", type=int, default=56, help="height and width of one (default 56)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
