@@ -25,6 +25,7 @@ from benchmarks import assets, baseline, runner
 from benchmarks.ptq_nets import NETS, SEED, Net, Samples, cache
 from benchmarks.ptq_peers import Aimet
 from benchmarks.ptq_rows import (
+    BITS,
     Cell,
     Method,
     Outcome,
@@ -43,7 +44,7 @@ from fxquant.files import make_folder
 from fxquant.graph.program import Program
 from fxquant.trials import TrialLog
 
-ITERATIONS = 500
+ITERATIONS = 250
 MOST_PHOTOS = 101
 EXAMPLES = """examples:
   python -m benchmarks.ptq --methods naive +CLE +BC           minutes
@@ -60,6 +61,7 @@ class Options:
     nets: list[str]
     methods: list[str]
     sides: list[str]
+    bits: list[int]
     venvs: Path | None
     iterations: int
     calibration_images: int
@@ -91,7 +93,8 @@ class Options:
     def cells(self) -> list[Cell]:
         """The rows of each net."""
         sides = [side for side in Side if side.value in self.sides]
-        return list(cells(sides, [method for method in Method if method.value in self.methods]))
+        found = cells(sides, [method for method in Method if method.value in self.methods])
+        return [cell for cell in found if cell.bits in self.bits]
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def parse(arguments: Sequence[str] | None) -> Options:
     add("--nets", nargs="+", choices=nets, default=nets, metavar="NET", help=f"of {', '.join(nets)} (default: all)")
     add("--methods", nargs="+", choices=methods, default=methods, help="which (default: all)")
     add("--sides", nargs="+", choices=sides, default=sides, help="whose rows (default: all)")
+    add("--bits", nargs="+", type=int, choices=BITS, default=list(BITS), help="of weights (default: 8 and 4)")
     add("--venvs", type=Path, metavar="DIR", help="environments of benchmarks.qat_step_peers --make, for AIMET's rows")
     add("--iterations", type=runner.positive, default=ITERATIONS, help=f"of AdaRound a layer (default: {ITERATIONS})")
     add("--calibration-images", type=runner.positive, default=64, help=f"photos, at most {MOST_PHOTOS} (default: 64)")

@@ -31,6 +31,7 @@ from fxquant.graph.program import Program
 from fxquant.spec import SpecOverride
 
 PRESETS = {False: "int8_per_tensor", True: "int8_per_channel"}
+BITS = (8, 4)
 FOLDED = "fold-batch-norm"
 EQUALIZING = ("replace-relu6", "cross-layer-equalization", "absorb-high-bias")
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"replace-relu6": {"least_db": 20.0}}  # as int8_per_tensor_dfq has it
@@ -82,7 +83,7 @@ class Cell:
 def cells(sides: Sequence[Side], methods: Sequence[Method]) -> Iterator[Cell]:
     """The rows of a net, cheap methods first, so that a run that is stopped has most of them."""
     for method in methods:
-        for bits in (8, 4):
+        for bits in BITS:
             for is_per_channel in (False, True):
                 for side in sides:
                     if method in OFFERED[side]:
