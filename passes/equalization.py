@@ -172,13 +172,31 @@ def runs_of(chain: list[Link], extents: Mapping[fx.Node, Extents]) -> list[list[
 
 
 def _steps(run: list[Link], extents: Mapping[fx.Node, Extents]) -> list[torch.Tensor]:
-    """log2 of S_1, S_2 ... of a run, 0 for channels that are dead or not finite in any of its layers."""
+    """log2 of S_1, S_2 ... of a run; 0 beside a layer that a channel is dead in or not finite, which ends the run for
+    that channel: what lies on either side of it is equalised by itself.
+    """
     ranges = [extents[link.first.node].output_ranges() for link in run]
     ranges.append(link_ranges(run[-1], extents)[1])
-    stacked = torch.stack(ranges)
-    live = _is_live(stacked).all(0)
-    logs = torch.where(live, stacked, 1.0).log2()
-    return list((logs - logs.mean(0)).cumsum(0)[:-1])
+    live = [_is_live(found) for found in ranges]
+    logs = [torch.where(alive, found, 1.0).log2() for found, alive in zip(ranges, live, strict=True)]
+    means = _means_of_stretches(logs, live)
+    steps, total = [], torch.zeros_like(logs[0])
+    for index in range(len(run)):
+        total = torch.where(live[index] & live[index + 1], total + logs[index] - means[index], 0.0)
+        steps.append(total)
+    return steps
+
+
+def _means_of_stretches(logs: list[torch.Tensor], live: list[torch.Tensor]) -> list[torch.Tensor]:
+    """For each layer, channel by channel, the mean over the unbroken row of live layers that it stands in."""
+    total, count = torch.zeros_like(logs[0]), torch.zeros_like(logs[0])
+    found = []
+    for log, alive in zip(logs, live, strict=True):
+        total, count = torch.where(alive, total + log, 0.0), torch.where(alive, count + 1, 0.0)
+        found.append(total / count.clamp(min=1.0))  # so far
+    for index in reversed(range(len(found) - 1)):
+        found[index] = torch.where(live[index] & live[index + 1], found[index + 1], found[index])
+    return found
 
 
 def _is_live(ranges: torch.Tensor) -> torch.Tensor:

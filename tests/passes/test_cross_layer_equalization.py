@@ -123,6 +123,18 @@ def assert_equalised(model: RandomNet) -> None:
     assert not run_pass(CrossLayerEqualization(), program).edits
 
 
+def test_channel_that_is_dead_behind_a_depthwise_layer_is_equalised_in_front_of_it() -> None:
+    model = spread(nn.Sequential(conv(), RELU, conv(6, 6, groups=6), RELU, conv(4, 6)))
+    with torch.no_grad():
+        model[4].weight[:, 2] = 0.0  # type: ignore[index,union-attr,operator]
+    expected, program = output(model, IMAGE), captured(model, IMAGE)
+    assert range_ratio(program) > 2
+    run_pass(CrossLayerEqualization(), program, check_inputs=IMAGE)
+    assert range_ratio(program) < EQUAL and difference(program, expected, IMAGE) < 1e-5
+    found = range_ratios(program)
+    assert [ratio.dead for ratio in found.values()] == [0, 1]
+
+
 @settings(deadline=None, max_examples=8)
 @given(NETS)
 def test_random_nets_keep_their_outputs_and_end_up_equal(model: RandomNet) -> None:
