@@ -44,7 +44,7 @@ from fxquant.files import make_folder
 from fxquant.graph.program import Program
 from fxquant.trials import TrialLog
 
-ITERATIONS = 250
+ITERATIONS = 500
 MOST_PHOTOS = 101
 EXAMPLES = """examples:
   python -m benchmarks.ptq --methods naive +CLE +BC           minutes
