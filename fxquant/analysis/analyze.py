@@ -210,7 +210,7 @@ def _unit_row(program: Program, unit: Unit, one: Score, rest: Score, float_score
     activations = tuple(dict.fromkeys(str(node.args[0]) for node in unit.activations))
     bits = {f"{'w' if module.follows else 'a'}{module.spec.bits}": None for module in unit.modules}
     lost, won = _lost(float_score, one), _lost(rest, quantized)
-    has_axis = bool(unit.weights) and definition is not None and definition.channel_axis is not None
+    axis_of = None if definition is None or not unit.weights else definition.channel_axis
     return UnitRow(
         name=unit.name,
         module=str(unit.node.meta.get("module_path", "")),
@@ -218,7 +218,7 @@ def _unit_row(program: Program, unit: Unit, one: Score, rest: Score, float_score
         weights=weights,
         activations=activations,
         bits=" ".join(sorted(bits, reverse=True)),
-        axis=definition.channel_axis(unit.node) if has_axis else None,  # type: ignore[union-attr, misc]
+        axis=None if axis_of is None else axis_of(unit.node),
         alone=one,
         without=rest,
         damage_alone=_share(one, quantized) if lost is None else lost,

@@ -16,7 +16,7 @@ from fxquant.analysis import AnalysisReport
 from fxquant.analysis.analyze import TRIALS, analyze
 from fxquant.capture import capture
 from fxquant.cli.loading import first_batch, load_batches, load_evaluate, load_model, require_model_name
-from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, positive
+from fxquant.cli.parsing import MODEL_HELP, Subparsers, add_command, add_data, named, not_negative, positive
 from fxquant.errors import FxquantError, StorageError
 from fxquant.evaluation import quantized
 from fxquant.files import made_folder, together
@@ -59,11 +59,11 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--top", type=positive, default=30, help="layers in the table (default: %(default)s)")
     parser.add_argument(
         "--suggest",
-        type=_whole,
+        type=not_negative,
         default=3,
         help="layers that placement rules are printed for, if they do harm; 0 for none (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="of random generators (default: %(default)s)")
+    parser.add_argument("--seed", type=not_negative, default=0, help="of random generators (default: %(default)s)")
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an analysis of --out that was interrupted")
     again.add_argument("--overwrite", action="store_true", help="remove an earlier analysis of --out")
@@ -146,13 +146,3 @@ def _write(report: AnalysisReport, options: argparse.Namespace, folder: Path | N
         for path in html_paths:
             report.save_html(path)
     return [*json_paths, *html_paths]
-
-
-def _whole(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, is '{text}'") from None
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, is {value}")
-    return value

@@ -5,31 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fxquant.analysis import AnalysisReport
 from fxquant.cli.main import main
+from tests.cli.model_file import write_images, write_model_file
 
-MODEL = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.fc = nn.Linear(8, 4)
-
-    def forward(self, x):
-        x = torch.relu(self.bn(self.conv(x)))
-        return self.fc(x.mean((2, 3)))
-
-def make_net():
-    torch.manual_seed(0)
-    return Net()
-
+MORE = """
 def score(model):
     x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     return float(model(x).abs().mean())
@@ -51,8 +33,8 @@ def empty(model):
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model file and data, as the working directory."""
-    (tmp_path / "model.py").write_text(MODEL)
-    np.save(tmp_path / "images.npy", np.random.default_rng(0).normal(size=(12, 3, 8, 8)).astype(np.float32))
+    write_model_file(tmp_path, MORE)
+    write_images(tmp_path / "images.npy")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
