@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -63,23 +64,28 @@ class Comparison:
         (output,) = (node for node in self._trial.graph.nodes if node.op == "output")
         types = {node.name: value_type(node) for node in output.all_input_nodes}
         self._names = [name for name, found in types.items() if found is not None and found.is_float]
-        self._before = list(self._outputs())
+        self._before = list(self._outputs(None))
         if not self._before:
             raise PassError(
                 "replace-relu6", expected="batches to measure with", got="none", remedy="Or set measure=False."
             )
 
-    def _outputs(self) -> Iterable[dict[str, Any]]:
-        return values_of(self._trial, self._batches, self._names)
+    @property
+    def batch_count(self) -> int:
+        """How many batches there are."""
+        return len(self._before)
 
-    def without(self, clips: Iterable[fx.Node]) -> OutputChange:
-        """How far the outputs move when these clips, and no others, are relus."""
+    def _outputs(self, count: int | None) -> Iterable[dict[str, Any]]:
+        return values_of(self._trial, islice(self._batches, count), self._names)
+
+    def without(self, clips: Iterable[fx.Node], count: int | None = None) -> OutputChange:
+        """How far the outputs move when these clips, and no others, are relus: on the first `count` batches, or all."""
         nodes = [self._trial.node(clip.name) for clip in clips]
         kept = [(node.target, node.args) for node in nodes]
         for node in nodes:
             node.target, node.args = RELU, node.args[:1]
         try:
-            return OutputChange.of(self._before, self._outputs())
+            return OutputChange.of(self._before[:count], self._outputs(count))
         finally:
             for node, (target, args) in zip(nodes, kept, strict=True):
                 node.target, node.args = target, args

@@ -17,6 +17,8 @@ from fxquant.progress import track
 from .chains import find_links, is_clip_above
 from .output_change import RELU, Comparison
 
+RANKING_SHARE = 8  # one of so many batches: an order needs fewer than a verdict
+
 
 @dataclass(frozen=True)
 class ReplaceRelu6(Pass):
@@ -29,7 +31,8 @@ class ReplaceRelu6(Pass):
     run, and a note has the largest difference and the signal-to-noise ratio.
 
     Some networks need their clips (EfficientNet-Lite0 loses nearly all it knows without them): with `least_db` the
-    clips whose removal hurts least go first, each measured alone, as many as keep the outputs' ratio at that.
+    clips whose removal hurts least go first, as many as keep the outputs' ratio at that. For this order each is removed
+    alone on an eighth of the batches; how many go is decided on all.
 
     Declines, with the reason: clips that stand between no two layers that could be equalized, unless `everywhere`;
     those that `least_db` keeps. Clips at other lower bounds than 0, or with computed ones, are another matter, and
@@ -39,7 +42,7 @@ class ReplaceRelu6(Pass):
         everywhere: replace every clip(0, b), between layers that can be equalized or not.
         measure: compare the outputs before and after on the batches of the run; without it none are needed.
         least_db: signal-to-noise ratio that the outputs must keep; None: whatever comes. Where they would not keep it,
-            each clip is measured alone.
+            each clip is measured alone first.
     """
 
     everywhere: bool = False
@@ -90,8 +93,9 @@ def _spared(rewriter: Rewriter, comparison: Comparison, clips: list[fx.Node], le
     """As many of the clips as can go, those that hurt least first; found by bisection."""
     if comparison.without(clips).sqnr_db >= least_db:
         return clips
+    ranked_on = max(1, comparison.batch_count // RANKING_SHARE)
     tracked = track(clips, "replace-relu6: each clip alone", show=rewriter.data.progress)
-    alone = {clip: comparison.without([clip]).sqnr_db for clip in tracked}
+    alone = {clip: comparison.without([clip], ranked_on).sqnr_db for clip in tracked}
     order = sorted(clips, key=lambda clip: -alone[clip])
     sizes = range(1, len(order) + 1)
     count = bisect_left(sizes, True, key=lambda size: comparison.without(order[:size]).sqnr_db < least_db)
