@@ -139,7 +139,7 @@ def test_pipeline_equalizes_behind_the_fold_and_rounds_before_it_corrects() -> N
     assert names[place + 1 : place + 4] == ["replace-relu6", "cross-layer-equalization", "absorb-high-bias"]
     assert [item.name for item in chosen.optimize_passes] == ["adaround", "correct-bias", "recalibrate"]
     assert vars(next(iter(chosen.optimize_passes)))["iterations"] == 77
-    assert vars(list(chosen.prepare_passes)[place + 1])["least_db"] == 20.0
+    assert vars(list(chosen.prepare_passes)[place + 1])["least_db"] == 30.0
     (specs,) = [item for item in chosen.prepare_passes if isinstance(item, AssignSpecs)]
     assert (specs.weight.bits, specs.weight.estimator, specs.activation.bits) == (4, "mse", 8)
     equalized = pipeline(cell(Method.CLE, per_channel=True), 77)
