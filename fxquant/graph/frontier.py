@@ -141,8 +141,8 @@ class Walk:
         segment = Segment(self._program, list(dict.fromkeys([*live, *wanted])), self._known)
         fresh: list[Values] = []
         free, self._fits = self._limit - self.kept_bytes, True
-        for known in self._starts():
-            with torch.no_grad(), in_eval_mode(self._program.module):
+        for index, known in enumerate(self._starts()):
+            with torch.no_grad(), in_eval_mode(self._program.module, settled=index > 0):
                 values = segment.run(known)
             if self._fits:
                 fresh.append({node: values[node] for node in live})
@@ -232,8 +232,8 @@ def show_all(
     count = 0
     for batch in batches:
         values = inputs_of(program, batch)
-        for stop, live, segment in zip(stops, lives, segments, strict=True):
-            with torch.no_grad(), in_eval_mode(program.module):
+        for index, (stop, live, segment) in enumerate(zip(stops, lives, segments, strict=True)):
+            with torch.no_grad(), in_eval_mode(program.module, settled=count + index > 0):
                 found = segment.run(values)
             see(stop, found[stop])
             values = {node: found[node] for node in live}

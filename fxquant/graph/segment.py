@@ -90,10 +90,17 @@ def values_of(program: Program, batches: Iterable[Batch], names: Sequence[str]) 
 
 
 @contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside; on leaving, each submodule is in the mode that it was in."""
+def in_eval_mode(module: nn.Module, settled: bool = False) -> Iterator[None]:
+    """Eval mode inside; on leaving, each submodule is in the mode that it was in.
+
+    settled: the module was here before, and no parameter has changed since: grids that follow weights, which a program
+    brings up to date when it is put in eval mode, are so already.
+    """
     training = [child for child in module.modules() if child.training]
-    module.eval()
+    if not settled:
+        module.eval()
+    for child in training:
+        child.training = False
     try:
         yield
     finally:
