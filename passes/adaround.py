@@ -25,8 +25,9 @@ class AdaRound(LearnsRounding):
     1. The activation behind a layer counts, if it alone reads the layer: what a relu cuts off may be wrong.
     2. Otherwise the layer's own output does.
 
-    3. Where on the samples rounding to nearest is no worse, that is kept (a near miss, with both errors): no layer's
-       output error grows. Either way the weight lies on its grid, which is frozen.
+    3. Where on the samples rounding to nearest is no worse, or on those that were held back (`check_every`) better by
+       more than chance, that is kept (a near miss, with all errors): what few samples teach need not hold for others.
+       Either way the weight lies on its grid, which is frozen.
 
     4. A convolution with a larger output than `positions` is compared at so many positions of each sample, drawn once:
        neighbours say nearly the same, and a step costs as much on the first maps as on the last.

@@ -1,18 +1,21 @@
 """Blocks: parts of the graph with one output that are reconstructed at once, by module path and by dominators.
 
 A set of nodes is a block if it is closed: one value of it is read outside (or, instead, what quantizes that value);
-what it reads from outside, and what depends on inputs, are float tensors; and none of those depends on the block.
+what it reads from outside, and what depends on inputs, are float tensors (or the number of samples that these have,
+which reshapes read); and none of those depends on the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import networkx as nx
+import torch
 from torch import fx
 
 from fxquant.graph.channels import channel_axis_of
-from fxquant.graph.program import Program
+from fxquant.graph.program import Program, value_type
 from fxquant.ops.base import Role
 from fxquant.reconstruction import Unit
 
@@ -39,7 +42,9 @@ def block_of(program: Program, name: str, nodes: set[fx.Node], layers: Sequence[
     if len(outputs) != 1:
         names = ", ".join(sorted(str(node) for node in outputs)) or "none"
         return f"it has not one output, but {names}"
-    inputs = _read_outside(inside, flow)
+    reads = _read_outside(inside, flow)
+    sizes = tuple(node for node in reads if _is_size(node))
+    inputs = [node for node in reads if node not in sizes]
     for node in inputs:
         if not is_float_value(node):
             return f"it reads {node.name}, which is no tensor of floats"
@@ -52,7 +57,10 @@ def block_of(program: Program, name: str, nodes: set[fx.Node], layers: Sequence[
     sources = dict.fromkeys(_unquantized(program, node) or node for node in inputs)
     if output in sources or not is_float_value(output):
         return f"its output {output.name} is its input, or no tensor of floats"
-    return Unit(name, weights, tuple(sources), output, channel_axis_of(program, output))
+    for node in sizes:
+        if {_samples(source) for source in sources} != {_samples(node.args[0])}:
+            return f"it reads {node.name}, which is not the number of samples of what it reads"
+    return Unit(name, weights, tuple(sources), output, channel_axis_of(program, output), sizes=sizes)
 
 
 def find_blocks(program: Program, layers: Sequence[QuantizedLayer], largest: int) -> Iterator[Unit]:
@@ -83,7 +91,7 @@ def _regions(program: Program) -> Iterator[tuple[str, set[fx.Node]]]:
     with its sum, and the activation behind that.
     """
     flow = nx.DiGraph()
-    kept = dependent(program)
+    kept = {node for node in dependent(program) if not _is_size(node)}
     for node in program.graph.nodes:
         if node in kept:
             heads = [read for read in node.all_input_nodes if read in kept] or [_SOURCE]
@@ -111,6 +119,17 @@ def dependent(program: Program) -> set[fx.Node]:
         is_flow = node.op == "placeholder" or any(read in found for read in node.all_input_nodes)
         found.update({node} if is_flow and program.bias_fake_quant(node) is None else ())
     return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a node gives the size of a value's axis 0."""
+    return node.target is torch.ops.aten.sym_size.int and bool(node.args[1] == 0)
+
+
+def _samples(value: Any) -> object:
+    """How many samples along axis 0 a value has: a number or a symbol; None if it is not known."""
+    found = value_type(value) if isinstance(value, fx.Node) else None
+    return found.shape[0] if found is not None and found.shape else None
 
 
 def _lies_in(node: fx.Node, path: str) -> bool:

@@ -18,7 +18,9 @@ from fxquant.reconstruction.product import squared_errors
 from .layer_products import MeasuredLayer, measured_layers, note_gain
 from .quantized_layers import Change, fix_codes
 
-_COPIES = 4  # of the second moment that are held at once: itself, in the order of columns, and two factors
+# Copies of the second moment that are held at once: itself, that of samples held back, in the order of columns, and two
+# factors.
+_COPIES = 5
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Gptq(Pass):
        "mse", before. A layer's inputs are those of the quantized program, with the layers before it rounded already.
     2. Convolutions are unfolded to the product that they are; groups, and transposed ones, as well.
     3. Each output channel keeps GPTQ's codes if they leave a smaller squared error than rounding to nearest does.
+    4. A layer is left where GPTQ, without the samples that were held back (`check_every`), does worse on these than
+       rounding to nearest, by more than chance: there were too few to tell what other inputs are like. Otherwise they
+       count as well.
 
     Declines, with the reason: weights that are shared, computed or not quantized; one that lies on its frozen grid
     already, as adaround leaves it; a layer where nothing is better than nearest; one whose second moments would take
@@ -40,6 +45,7 @@ class Gptq(Pass):
         damping: what is added to the second moment's diagonal, as a share of its mean.
         block_size: columns that are rounded before the rest is updated: the result is the same, the time is not.
         act_order: whether columns are rounded in the order of falling inputs: often better.
+        check_every: of so many samples the second is held back.
         memory_gib: most memory for the second moments of one layer, in GiB.
         cache_mb: most memory for what all batches are at one layer, in MiB; where it is not enough, the way from the
             last layer where it was is computed again (fxquant/graph/frontier.py).
@@ -48,6 +54,7 @@ class Gptq(Pass):
     damping: float = 0.01
     block_size: int = 128
     act_order: bool = False
+    check_every: int = 8
     memory_gib: float = 4.0
     cache_mb: int = 1024
 
@@ -60,6 +67,7 @@ class Gptq(Pass):
         for option, is_good, expected in (
             ("damping", 0.0 < self.damping <= 1.0, "more than 0, at most 1"),
             ("block_size", self.block_size >= 1, "at least 1"),
+            ("check_every", self.check_every >= 2, "at least 2"),
             ("memory_gib", self.memory_gib > 0.0, "more than 0"),
             ("cache_mb", self.cache_mb >= 0, "at least 0"),
         ):
@@ -94,9 +102,9 @@ class Gptq(Pass):
 
     def _round(self, measured: MeasuredLayer) -> dict[str, torch.Tensor]:
         """Codes, and the sums of squares of the output, its error on nearest codes, and on these."""
-        moment, matrix = measured.moment(), measured.matrix
+        (moment, held_back), matrix = measured.moments(self.check_every), measured.matrix
         options = GptqOptions(self.damping, self.block_size, self.act_order)
-        found = gptq(matrix, moment, measured.grid(), options)
+        found = gptq(matrix, moment, measured.grid(), options, held_back)
         sums = [part.sum() for part in (squared_errors(matrix, moment), found.nearest, found.chosen)]
         codes = measured.product.weight(found.codes, measured.weight)
         return {"codes": codes.contiguous().cpu(), "errors": torch.stack(sums).cpu()}

@@ -17,6 +17,7 @@ from fxquant.progress import track
 from fxquant.reconstruction.gain import gain_text
 from fxquant.reconstruction.gptq import MatrixGrid
 from fxquant.reconstruction.product import LayerProduct, SecondMoment
+from fxquant.reconstruction.samples import is_held_back
 
 from .quantized_layers import Change, QuantizedLayer, quantized_layers
 
@@ -64,13 +65,37 @@ class MeasuredLayer:
             for rows in self.product.rows(x, self.kernel):
                 see(rows)
 
-        if not self.frontier.advance(self.layer.input, unfold):
+        self._advance(unfold)
+
+    def _advance(self, see: Callable[[torch.Tensor], None]) -> None:
+        if not self.frontier.advance(self.layer.input, see):
             raise PassError(f"inputs of layer '{self.layer.node.name}'", expected="at least one batch", got="none")
 
     def moment(self) -> torch.Tensor:
         """The second moment of its inputs, float64 [groups, columns, columns]; PassError if it is not finite."""
         moment = SecondMoment()
         self.visit(moment.add)
+        return self._checked(moment)
+
+    def moments(self, check_every: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """That of the samples to learn from, and of those held back (samples.py); None: of these there are none."""
+        parts = SecondMoment(), SecondMoment()
+        seen = 0
+
+        def divide(x: torch.Tensor) -> None:
+            nonlocal seen
+            x = x if x.ndim > 1 else x.unsqueeze(0)
+            index = torch.arange(seen, seen + len(x), device=x.device)
+            is_check = is_held_back(index, check_every)
+            seen += len(x)
+            for part, chosen in zip(parts, (~is_check, is_check), strict=True):
+                for rows in self.product.rows(x[chosen], self.kernel) if chosen.any() else ():
+                    part.add(rows)
+
+        self._advance(divide)
+        return self._checked(parts[0]), None if parts[1].total is None else self._checked(parts[1])
+
+    def _checked(self, moment: SecondMoment) -> torch.Tensor:
         found = moment.total
         if found is None or not bool(torch.isfinite(found).all()):
             raise PassError(

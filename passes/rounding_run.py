@@ -33,6 +33,8 @@ class LearnsRounding(Pass):
         beta_start, beta_end: exponent of that term, which falls along a half cosine.
         warm_start: the part of the iterations before that term counts.
         early_stop: end a unit as soon as every number has chosen for good.
+        check_every: of so many samples the second is held back. Where the learned rounding of a unit is worse on these
+            than rounding to nearest, by more than chance, the latter is kept. 0: all are learned from.
         positions: of the output of a convolution that is learned alone, drawn for each sample; None: all.
         cache_mb: megabytes for the inputs and float outputs of one unit, samples beyond are left out; and as many for
             the values from which both programs go on to the next unit, which are computed again where they do not fit.
@@ -47,6 +49,7 @@ class LearnsRounding(Pass):
     beta_end: float = 2.0
     warm_start: float = 0.2
     early_stop: bool = True
+    check_every: int = 8
     positions: int | None = 256
     cache_mb: int = 1024
     seed: int = 0
@@ -77,6 +80,7 @@ class LearnsRounding(Pass):
             beta_end=self.beta_end,
             warm_start=self.warm_start,
             early_stop=self.early_stop,
+            check_every=self.check_every,
             seed=self.seed,
         )
 

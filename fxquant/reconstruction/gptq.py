@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fxquant.reconstruction.gain import deviation
 from fxquant.reconstruction.product import squared_errors
 
 
@@ -70,18 +71,33 @@ class Rounded:
     chosen: torch.Tensor
 
 
-def gptq(weight: torch.Tensor, moment: torch.Tensor, grid: MatrixGrid, options: GptqOptions) -> Rounded:
+def gptq(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    grid: MatrixGrid,
+    options: GptqOptions,
+    held_back: torch.Tensor | None = None,
+) -> Rounded:
     """Round a weight's matrix; output channels that GPTQ leaves no better than nearest are rounded to nearest.
 
     Arguments:
         weight: [groups, outputs, columns].
         moment: float64 [groups, columns, columns], see SecondMoment.
+        held_back: that of other rows, added to it in place; None: there are none. Where GPTQ on `moment` alone
+            does worse on these than rounding to nearest, by more than chance, the latter is kept: `moment` comes of so
+            few rows that it says nothing of others (its null space is free, and errors are pushed there).
 
     A column whose input was 0 in every row is rounded to nearest: nothing speaks for another code.
     """
     wide = weight.detach().double()
     plain = grid.steps(wide)
     found = _feed_back(wide, moment, grid, options)
+    if held_back is not None:
+        on_found, on_plain = (squared_errors(grid.real(steps) - wide, held_back) for steps in (found, plain))
+        difference = on_found - on_plain
+        moment += held_back
+        is_worse = float(difference.sum()) > deviation(difference)
+        found = plain if is_worse else _feed_back(wide, moment, grid, options)
     nearest = squared_errors(grid.real(plain) - wide, moment)
     errors = squared_errors(grid.real(found) - wide, moment)
     is_better = errors < nearest

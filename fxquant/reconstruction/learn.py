@@ -4,7 +4,9 @@
 
 y is the unit's output in float, y~ that with softly rounded weights (soft_rounding.py) on the quantized program's
 inputs. After a warm start without r, beta falls along a half cosine (Nagel 2020, arXiv:2004.10568, section 3.3); at the
-end every number is rounded as its alpha says. In blocks the activations' quantizers work, and each element that they
+end every number is rounded as its alpha says. What is learned from few samples may fit the noise of just these, above
+all where errors of activations outweigh those of weights: so it is compared with rounding to nearest on samples that
+were held back. In blocks the activations' quantizers work, and each element that they
 round passes in float with probability `drop` instead (QDrop, Wei 2022, arXiv:2203.05740).
 """
 
@@ -23,10 +25,12 @@ from fxquant.errors import FxquantError
 from fxquant.graph.program import Program
 from fxquant.graph.segment import Segment, in_eval_mode
 from fxquant.progress import track
+from fxquant.reconstruction.gain import deviation
 from fxquant.reconstruction.samples import Samples, generator_of, segment_of
 from fxquant.reconstruction.soft_rounding import SoftRounding
 from fxquant.reconstruction.units import Unit, weight_of
 
+Codes = Mapping[fx.Node, torch.Tensor]
 POINTS = 100  # of a loss curve
 TRAVEL = 10.0  # learning rate times iterations: 10,000 steps of 1e-3
 LARGEST_RATE = 0.1
@@ -45,6 +49,8 @@ class Settings:
         warm_start: the part of the iterations without regularization.
         drop: the probability with which a quantized activation's element passes in float (blocks only).
         early_stop: end as soon as every number is rounded for good.
+        check_every: of so many samples one is held back, to compare the learned rounding with that to the nearest; 0:
+            none, all samples are learned from and compared on.
         seed: of what is drawn; each unit draws by its name and this.
     """
 
@@ -57,6 +63,7 @@ class Settings:
     warm_start: float = 0.2
     drop: float = 0.0
     early_stop: bool = True
+    check_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +75,7 @@ class Settings:
         _require("beta_end", self.beta_end >= 1, "at least 1", self.beta_end)
         _require("beta_start", self.beta_end <= self.beta_start < math.inf, "at least beta_end", self.beta_start)
         _require("warm_start", 0 <= self.warm_start < 1, "in [0, 1)", self.warm_start)
+        _require("check_every", self.check_every == 0 or self.check_every >= 2, "0, or at least 2", self.check_every)
         _require("drop", 0 <= self.drop <= 1, "in [0, 1]", self.drop)
 
     def steps_for(self, bits: int) -> int:
@@ -106,6 +114,7 @@ class Reconstruction:
         seconds: they took.
         samples: how many there were (positions of maps count each).
         curve: iterations and the loss there (lambda r included, also during the warm start).
+        check: the errors on the samples that were held back, if any were.
     """
 
     unit: str
@@ -117,24 +126,30 @@ class Reconstruction:
     seconds: float
     samples: int
     curve: tuple[tuple[int, float], ...]
+    check: tuple[float, float, float] | None = None
 
     @property
     def is_better(self) -> bool:
-        """Whether the learned rounding beats that to the nearest."""
+        """Whether the learned rounding beats that to the nearest, and is not clearly worse on what was held back."""
+        if self.check is not None:
+            nearest, learned, deviation = self.check
+            if learned > nearest + deviation:
+                return False
         return self.learned_error < self.nearest_error
 
     def __str__(self) -> str:
         total = sum(codes.numel() for codes in self.codes.values())
         errors = f"{self.nearest_error:.2e} -> {self.learned_error:.2e}"
+        check = "" if self.check is None else f"; on samples held back {self.check[0]:.2e} -> {self.check[1]:.2e}"
         counts = f"{self.changed:,} of {total:,} weights rounded the other way"
-        return f"output error {errors} (nearest -> learned), {counts}, {self.seconds:.1f} s"
+        return f"output error {errors} (nearest -> learned{check}), {counts}, {self.seconds:.1f} s"
 
 
 class _Dropping(Segment):
     """A segment whose activation quantizers let elements pass in float, as drawn."""
 
     def __init__(self, program: Program, unit: Unit, drop: float, generator: torch.Generator) -> None:
-        super().__init__(program, [unit.output], (*unit.inputs, *unit.weights))
+        super().__init__(program, [unit.output], (*unit.inputs, *unit.weights, *unit.sizes))
         self.drop, self.generator = drop, generator
 
     def _compute(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -162,7 +177,7 @@ def reconstruct(
         nearest = {node: item.codes_of(weight_of(program, node)) for node, item in learner.roundings.items()}
         iterations = learner.run(progress)
         learned = {node: item.codes() for node, item in learner.roundings.items()}
-        errors = learner.error(nearest), learner.error(learned)
+        errors, check = learner.compare(nearest, learned)
     return Reconstruction(
         unit.name,
         {node.name: codes for node, codes in learned.items()},
@@ -172,7 +187,28 @@ def reconstruct(
         time.perf_counter() - began,
         samples.count,
         tuple(learner.curve),
+        check,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Errors:
+    """Squared errors [2, channels] with the weights rounded to nearest and as learned; the squared target."""
+
+    squared: torch.Tensor
+    power: float
+
+    def relative(self, choice: int) -> float:
+        """The error of a choice over the target."""
+        return self._over_target(float(self.squared[choice].sum()))
+
+    @property
+    def deviation(self) -> float:
+        """Of the difference of both errors, over the target; 0 of a single channel."""
+        return self._over_target(deviation(self.squared[1] - self.squared[0]))
+
+    def _over_target(self, squared: float) -> float:
+        return squared / self.power if self.power else squared
 
 
 class _Learner:
@@ -182,9 +218,10 @@ class _Learner:
         self.program, self.unit, self.samples, self.settings = program, unit, samples, settings
         self.generator = generator_of(unit.name, settings.seed)
         self.segment = segment_of(program, unit, samples)
-        dropping = _Dropping(program, unit, settings.drop, self.generator)
-        self.dropping = dropping if settings.drop else self.segment
+        drops = settings.drop > 0 and samples.each == 1  # a layer alone, of which patches are, has no quantizer inside
+        self.dropping = _Dropping(program, unit, settings.drop, self.generator) if drops else self.segment
         self.batch_size = settings.batch_size * samples.each
+        self.learned_from, self.checked_on = samples.parts(settings.check_every)
         self.roundings: dict[fx.Node, SoftRounding] = {}
         bits = []
         for node in unit.weights:
@@ -214,9 +251,8 @@ class _Learner:
 
     def _step(self, beta: float | None, wants_loss: bool) -> float | None:
         """Leave the gradients of one step in the alphas; returns the loss if it is wanted."""
-        count = min(self.batch_size, self.samples.count)
-        index = torch.randperm(self.samples.count, generator=self.generator)[:count]
-        inputs, target = self.samples.of(index.to(self.samples.targets.device))
+        drawn = torch.randperm(len(self.learned_from), generator=self.generator)[: self.batch_size]
+        inputs, target = self.samples.of(self.learned_from[drawn.to(self.learned_from.device)])
         weights = {node: item.weight() for node, item in self.roundings.items()}
         output = self._output(self.dropping, inputs, weights)
         difference = output.detach() - target
@@ -234,20 +270,39 @@ class _Learner:
         self, segment: Segment, inputs: Mapping[fx.Node, torch.Tensor], weights: Mapping[fx.Node, torch.Tensor]
     ) -> torch.Tensor:
         typed = {node: weight.to(weight_of(self.program, node).dtype) for node, weight in weights.items()}
-        output: torch.Tensor = segment.run({**inputs, **typed})[self.unit.output]
+        sizes = dict.fromkeys(self.unit.sizes, len(next(iter(inputs.values()))))
+        output: torch.Tensor = segment.run({**inputs, **typed, **sizes})[self.unit.output]
         return output
 
-    def error(self, codes: Mapping[fx.Node, torch.Tensor]) -> float:
-        """Squared error of the output with these codes on all samples, over the squared target."""
-        weights = {node: item.real(codes[node]) for node, item in self.roundings.items()}
-        error = power = 0.0
+    def compare(self, nearest: Codes, learned: Codes) -> tuple[tuple[float, float], tuple[float, float, float] | None]:
+        """Errors on all samples, and on those held back with the deviation of their difference, if there are such.
+
+        That deviation is what the channels' differences say of their sum (gain.py).
+        """
+        checked = self._errors(nearest, learned, self.checked_on)
+        if len(self.checked_on) == self.samples.count:
+            return (checked.relative(0), checked.relative(1)), None
+        rest = self._errors(nearest, learned, self.learned_from)
+        both = _Errors(checked.squared + rest.squared, checked.power + rest.power)
+        check = checked.relative(0), checked.relative(1), checked.deviation
+        return (both.relative(0), both.relative(1)), check
+
+    def _errors(self, nearest: Codes, learned: Codes, samples: torch.Tensor) -> _Errors:
+        choices = [
+            {node: item.real(codes[node]) for node, item in self.roundings.items()} for codes in (nearest, learned)
+        ]
+        axis = self.unit.channel_axis
+        channels = self.samples.targets.shape[axis]
+        squared = torch.zeros(2, channels, dtype=torch.float64, device=samples.device)
+        power = 0.0
         with torch.no_grad():
-            for first in range(0, self.samples.count, self.batch_size):
-                inputs, target = self.samples.of(slice(first, first + self.batch_size))
-                output = self._output(self.segment, inputs, weights)
-                error += float((output - target).double().square_().sum())
+            for index in torch.split(samples, self.batch_size):
+                inputs, target = self.samples.of(index)
                 power += float(target.double().square_().sum())
-        return error / power if power else error
+                for row, weights in zip(squared, choices, strict=True):
+                    error = (self._output(self.segment, inputs, weights) - target).double().square_()
+                    row += error.movedim(axis, 0).flatten(1).sum(1)
+        return _Errors(squared, power)
 
     def _is_hard(self) -> bool:
         return all(item.is_hard() for item in self.roundings.values())

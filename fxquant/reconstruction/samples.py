@@ -48,10 +48,28 @@ class Samples:
         """Inputs and targets of some samples."""
         return {node: values[index] for node, values in self.inputs.items()}, self.targets[index]
 
+    def parts(self, check_every: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices of the samples to learn from, and of those to check with.
+
+        Of `check_every` samples of the batches the second one checks, with all that came of it. It is the same one for
+        all units, or a unit would be checked with what units before it have learned from. 0, and a single sample: all
+        do both.
+        """
+        index = torch.arange(self.count, device=self.targets.device)
+        if not check_every or self.count <= self.each:
+            return index, index
+        is_check = is_held_back(index // self.each, check_every)
+        return index[~is_check], index[is_check]
+
+
+def is_held_back(index: torch.Tensor, check_every: int) -> torch.Tensor:
+    """Whether samples of the batches, by their numbers, check what others have taught."""
+    return index % check_every == 1
+
 
 def segment_of(program: Program, unit: Unit, samples: Samples) -> Segment:
     """What computes the unit's output from samples, given its weights."""
-    known = (*unit.inputs, *unit.weights)
+    known = (*unit.inputs, *unit.weights, *unit.sizes)
     if samples.each > 1:
         return PatchSegment(program, unit.output, known, unit.layer)
     return Segment(program, [unit.output], known)

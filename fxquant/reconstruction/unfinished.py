@@ -17,7 +17,7 @@ from fxquant.graph.batches import Batch, batches_digest
 from fxquant.graph.program import Program
 from fxquant.reconstruction.learn import Reconstruction
 
-VERSION = 1
+VERSION = 2
 _KEY_LENGTH = 16
 
 

@@ -22,6 +22,7 @@ class Unit:
         channel_axis: of the output: squared errors are summed along it, and averaged over all else.
         positions: at how many positions of each sample the output is compared, where it is a layer whose output is
             larger and can be had at single positions; None: at all.
+        sizes: nodes that give the number of samples, as reshapes read it: that of the samples at hand.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Unit:
     output: fx.Node
     channel_axis: int
     positions: int | None = None
+    sizes: tuple[fx.Node, ...] = ()
 
     @property
     def is_layer(self) -> bool:

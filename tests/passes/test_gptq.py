@@ -243,3 +243,19 @@ def test_mode_that_the_module_was_in_is_kept() -> None:
     program.module.train()
     run(Gptq(), program)
     assert program.module.training
+
+
+def test_layer_with_too_few_samples_to_tell_what_others_are_like_is_left() -> None:
+    torch.manual_seed(0)
+    few = [torch.randn(10, 64) for _ in range(2)]
+    model = nn.Sequential(nn.Linear(64, 32))
+    pipeline = fxquant.load_pipeline("w4a8")
+    program = fxquant.capture(model.eval(), (few[0],))
+    pipeline.prepare(program)
+    fxquant.calibrate(program, few, progress=False)
+    assert reasons(run_pass(Gptq(), program.copy(), data=PassData(few, progress=False))) == [
+        "_0 left as it is: nothing is better than rounding to nearest"
+    ]
+    (layer,) = quantized_layers(program)
+    fooled = run_pass(Gptq(check_every=1000), program, data=PassData([torch.cat(few)[:1]], progress=False))
+    assert reasons(fooled) == [] and layer.fake_quant(program).mode is Mode.FROZEN  # of one sample none is held back

@@ -113,3 +113,35 @@ def test_codes_stay_on_an_asymmetric_grid() -> None:
     found = gptq(weight, correlated(10, 50, 5), grid, GptqOptions())
     assert 0 <= int(found.codes.min()) and int(found.codes.max()) <= 7
     assert bool((found.chosen <= found.nearest).all()) and bool((found.chosen < found.nearest).any())
+
+
+def test_nearest_is_kept_where_few_rows_say_nothing_of_others() -> None:
+    weight, x = few_rows(64, 6), few_rows(64, 400, seed=1)
+    moment, held_back = moment_of(x[:10]), moment_of(x[10:20])
+    options, grid = GptqOptions(), grid_of(weight[None])
+    nearest = grid.codes(grid.steps(weight[None]))
+    fooled = gptq(weight[None], moment + held_back, grid, options).codes
+    assert not torch.equal(fooled, nearest)
+    others = [squared_errors(codes * grid.scale - weight[None], moment_of(x[20:])).sum() for codes in (fooled, nearest)]
+    assert others[0] > others[1]  # rounding that fits 20 rows hurts on 380 others
+    assert torch.equal(gptq(weight[None], moment, grid, options, held_back).codes, nearest)
+
+
+def test_rows_held_back_count_where_they_agree() -> None:
+    weight = torch.randn(1, 16, 48, generator=torch.Generator().manual_seed(1))
+    moment, held_back = correlated(48, 400, 1), correlated(48, 400, 1) * 0.25
+    both, grid = moment + held_back, grid_of(weight)
+    expected = gptq(weight, both, grid, GptqOptions())
+    found = gptq(weight, moment, grid, GptqOptions(), held_back)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.chosen, expected.chosen)
+    assert not torch.equal(found.codes, grid.codes(grid.steps(weight)))
+
+
+def few_rows(columns: int, rows: int, seed: int = 0) -> torch.Tensor:
+    """Rows of independent numbers, of which few tell nothing of others."""
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def moment_of(rows: torch.Tensor) -> torch.Tensor:
+    """Their second moment, of one group."""
+    return (rows.double().T @ rows.double())[None]

@@ -174,3 +174,46 @@ def test_schedule_is_that_of_the_paper() -> None:
     assert settings.beta_at(199, 1000) is None
     assert settings.beta_at(200, 1000) == 20 and settings.beta_at(600, 1000) == pytest.approx(11)
     assert settings.beta_at(1000, 1000) == pytest.approx(2)
+
+
+def few_samples() -> Bench:
+    """A linear layer on independent inputs, where nearest is best, and too few of them to tell."""
+    torch.manual_seed(0)
+    return bench(nn.Sequential(nn.Linear(64, 32)), [torch.randn(20, 64)])
+
+
+def test_rounding_that_fits_few_samples_alone_is_not_better() -> None:
+    case = few_samples()
+    trusting = reconstruct(case.program, case.unit, case.samples, FAST, progress=False)
+    checked = reconstruct(case.program, case.unit, case.samples, replace(FAST, check_every=8), progress=False)
+    assert trusting.is_better and trusting.check is None
+    assert checked.check is not None and checked.check[1] > checked.check[0] + checked.check[2]
+    assert checked.learned_error < checked.nearest_error and not checked.is_better
+    assert "on samples held back" in str(checked) and "held back" not in str(trusting)
+
+
+def test_samples_held_back_are_not_learned_from() -> None:
+    case = convolution()
+    settings = replace(FAST, iterations=60, check_every=8)
+    expected = reconstruct(case.program, case.unit, case.samples, settings, progress=False)
+    targets = case.samples.targets.clone()
+    targets[1::8] = torch.randn_like(targets[1::8])
+    other = replace(case.samples, targets=targets)
+    found = reconstruct(case.program, case.unit, other, settings, progress=False)
+    assert found.check != expected.check
+    assert all(torch.equal(found.codes[name], codes) for name, codes in expected.codes.items())
+
+
+def test_errors_are_those_of_all_samples_and_those_held_back() -> None:
+    case = convolution()
+    found = reconstruct(case.program, case.unit, case.samples, replace(FAST, check_every=8), progress=False)
+    assert found.is_better and found.check is not None
+    held = replace(
+        case.samples,
+        inputs={node: value[1::8] for node, value in case.samples.inputs.items()},
+        targets=case.samples.targets[1::8],
+    )
+    settings = replace(FAST, iterations=1)
+    alone = reconstruct(case.program, case.unit, held, settings, progress=False)
+    assert found.check[0] == pytest.approx(alone.nearest_error, rel=1e-6)
+    assert found.check[0] != found.nearest_error > found.learned_error

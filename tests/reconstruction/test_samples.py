@@ -62,3 +62,16 @@ def test_no_batches_are_an_error_that_names_the_unit() -> None:
     case = bench(net(), BATCHES)
     with pytest.raises(PassError, match=case.unit.name):
         collect(case.program, case.reference, case.unit, [], 1)
+
+
+def test_of_eight_samples_the_second_is_held_back_with_all_that_came_of_it() -> None:
+    found = Samples({}, torch.zeros(30, 1), each=3)
+    learned_from, checked_on = found.parts(8)
+    assert checked_on.tolist() == [3, 4, 5, 27, 28, 29]
+    assert sorted([*learned_from.tolist(), *checked_on.tolist()]) == list(range(30))
+
+
+@pytest.mark.parametrize(("count", "check_every"), [(30, 0), (3, 8)])
+def test_all_samples_do_both_where_none_can_or_shall_be_held_back(count: int, check_every: int) -> None:
+    for index in Samples({}, torch.zeros(count, 1), each=3).parts(check_every):
+        assert index.tolist() == list(range(count))
