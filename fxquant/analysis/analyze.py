@@ -14,7 +14,8 @@ import torch
 from fxquant.analysis.noise import sqnr_db
 from fxquant.analysis.report import AnalysisReport, Score, UnitRow
 from fxquant.analysis.scores import FLOAT, Scores
-from fxquant.analysis.sweep import ACTIVATIONS, ALL, WEIGHTS, BatchResult, Sweep, alone, digest_of, without
+from fxquant.analysis.sweep import ACTIVATIONS, ALL, WEIGHTS, Sweep, alone, digest_of, without
+from fxquant.analysis.totals import Totals
 from fxquant.analysis.units import Unit, callers, definition_of, units_of
 from fxquant.analysis.value_meter import ValueMeter
 from fxquant.calibration import require_ranges
@@ -50,7 +51,7 @@ def analyze(
 
     Cost: 2 x layers forwards of each batch at most, about half of that in a chain of layers, as only the graph behind a
     layer runs again; and 2 x layers + 4 calls of `evaluate`. Memory: a second model, and the live values of one batch
-    twice.
+    twice, however many batches there are.
 
     Arguments:
         batches: of inputs, each like the model's arguments; iterated once.
@@ -69,11 +70,11 @@ def analyze(
     path = None if folder is None else Path(folder) / TRIALS
     log = TrialLog(path, _recipe(program, evaluate, seed), resume=resume, overwrite=overwrite)
     sweep = _sweep_of(program)
-    results = _run_batches(sweep, batches, max_batches, log, progress)
+    totals = _run_batches(sweep, batches, max_batches, log, progress)
     scores = Scores(sweep, evaluate, seed, log)
     for _ in track(scores.run(), "evaluating layers", total=scores.count, show=progress):
         pass
-    return _report(program, sweep, results, scores)
+    return _report(program, sweep, totals, scores)
 
 
 def _require(program: Program, batches: Iterable[Batch], max_batches: int | None, seed: int) -> None:
@@ -128,68 +129,51 @@ def _meters(program: Program, units: Sequence[Unit]) -> Iterator[ValueMeter]:
 
 def _run_batches(
     sweep: Sweep, batches: Iterable[Batch], max_batches: int | None, log: TrialLog, progress: bool
-) -> list[BatchResult]:
+) -> Totals:
     count = len(batches) if isinstance(batches, Sized) else max_batches
     count = min(count, max_batches) if count is not None and max_batches is not None else count
     runs = 2 * len(sweep.units) + 3
-    results: list[BatchResult] = []
-    steps = _steps(sweep, islice(batches, max_batches), log, results)
+    totals = Totals(log)
+    steps = _steps(sweep, islice(batches, max_batches), totals)
     for _ in track(steps, "quantizing layers", total=None if count is None else count * runs, show=progress):
         pass
-    if not results:
-        raise FxquantError("analyze", expected="at least one batch", got="none", remedy="Is the iterator used up?")
-    return results
+    totals.require_all()
+    return totals
 
 
-def _steps(sweep: Sweep, batches: Iterable[Batch], log: TrialLog, results: list[BatchResult]) -> Iterator[None]:
+def _steps(sweep: Sweep, batches: Iterable[Batch], totals: Totals) -> Iterator[None]:
     """All runs of all batches; what is done is kept every few seconds, and when the run is interrupted."""
     for index, batch in enumerate(batches):
-        key = f"batch {index}"
-        result = begun = _begun(sweep.program, batch, index, log)
+        result = begun = totals.begun(*digest_of(sweep.program, batch, index))
         known, saved = len(result.runs), time.monotonic()
         try:
             for result in sweep.run(batch, index, begun):
                 yield
                 if time.monotonic() - saved > _SAVE_SECONDS and len(result.runs) > known:
-                    log.put(key, result.to_dict())
+                    totals.keep(result)
                     known, saved = len(result.runs), time.monotonic()
-        finally:
+        except BaseException:  # an interrupt too
             if len(result.runs) > known:
-                log.put(key, result.to_dict())
-        results.append(result)
+                totals.keep(result)
+            raise
+        totals.finish(result)
 
 
-def _begun(program: Program, batch: Batch, index: int, log: TrialLog) -> BatchResult:
-    """What is known of a batch already; a batch that is another than then is refused."""
-    digest, samples = digest_of(program, batch, index)
-    record = log.get(f"batch {index}")
-    if record is None:
-        return BatchResult(digest, samples)
-    if record["digest"] != digest:
-        raise FxquantError(
-            f"analyze: batch {index}",
-            expected="the batches of the run that is resumed, in the same order",
-            got="another batch",
-            remedy="Is the loader shuffling? overwrite=True begins anew.",
-        )
-    return BatchResult.from_dict(record)
-
-
-def _report(program: Program, sweep: Sweep, results: Sequence[BatchResult], scores: Scores) -> AnalysisReport:
-    signal, rows = sum(result.signal for result in results), sum(result.rows for result in results)
+def _report(program: Program, sweep: Sweep, totals: Totals, scores: Scores) -> AnalysisReport:
+    rows = totals.sum.rows
 
     def score(name: str) -> Score:
-        noise = [result.runs[name] for result in results]
-        agreement = sum(part.agreeing for part in noise) / rows if rows else None
-        return Score(sqnr_db(signal, sum(part.energy for part in noise)), agreement, scores.of(name))
+        noise = totals.sum.runs[name]
+        agreement = noise.agreeing / rows if rows else None
+        return Score(sqnr_db(totals.sum.signal, noise.energy), agreement, scores.of(name))
 
     whole = {name: score(name) for name in (ALL, WEIGHTS, ACTIVATIONS)}
     float_score = Score(float("inf"), 1.0 if rows else None, scores.of(FLOAT))
     return AnalysisReport(
         program=program.name,
         stage=str(program.stage),
-        batches=len(results),
-        samples=sum(result.samples for result in results),
+        batches=totals.count,
+        samples=totals.sum.samples,
         score="sqnr" if float_score.evaluated is None else "evaluate",
         float_score=float_score,
         quantized=whole[ALL],

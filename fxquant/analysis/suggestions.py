@@ -7,7 +7,7 @@
 4. Only harm beyond the noise floor counts: a layer that quantization alone makes better by so much shows that as much
    says nothing.
 
-    floor by `evaluate`            max(-smallest damage, 1e-6 |float score|)
+    floor by `evaluate`            -smallest damage, or 0, + 1e-6 |float score|
     floor by noise of the outputs  1e-12 of the float outputs' energy (120 dB): what float32 rounds away
 """
 
@@ -46,8 +46,8 @@ def suggestions(report: AnalysisReport, count: int) -> str:
 def noise_floor(report: AnalysisReport) -> float:
     """The damage that says nothing (case 4)."""
     if report.float_score.evaluated is not None:
-        gain = -min((unit.damage_alone for unit in report.units), default=0.0)
-        return max(gain, _ROUNDING * abs(report.float_score.evaluated))
+        gain = max(0.0, -min((unit.damage_alone for unit in report.units), default=0.0))
+        return gain + _ROUNDING * abs(report.float_score.evaluated)  # 0.97 - 0.965 is not quite 0.975 - 0.97
     return _ROUNDING**2 / report.quantized.noise if report.quantized.noise else 0.0
 
 

@@ -16,13 +16,15 @@ _LONGEST_NAME = 40
 _SHORTEST_NAME = 12
 _FIGURES = 92  # columns that all but the names need
 _WIDE = 140
+_NOTES = 3
 
 
 def table(report: AnalysisReport, width: int, rows: int | None) -> str:
     """See AnalysisReport.table."""
     shown = report.by_damage[:rows]
     parts: list[Table | Text] = [Text(_title(report)), _summary(report), _layers(report, shown, width)]
-    parts += [Text(f"note: {note}") for note in report.notes]
+    parts += [Text(f"note: {note}") for note in report.notes[:_NOTES]]
+    parts += [Text(f"{len(report.notes) - _NOTES} more notes are in the report")] if report.notes[_NOTES:] else []
     hidden = len(report.units) - len(shown)
     parts += [Text(f"{hidden} more layers do less harm")] if hidden else []
     return render(parts, width)
@@ -50,6 +52,18 @@ def decibels(number: float | None) -> str:
     if number is None:
         return "-"
     return "exact" if number == math.inf else f"{number:.2f}"
+
+
+def told_apart(names: Sequence[str], limit: int) -> list[str]:
+    """The names, shortened; those that would look the same lose their beginning instead."""
+    shown = [shortened(name, limit) for name in names]
+    alike = {
+        short for short in shown if len({name for name, other in zip(names, shown, strict=True) if other == short}) > 1
+    }
+    return [
+        f"…{name[len(name) - limit + 1 :]}" if short in alike else short
+        for name, short in zip(names, shown, strict=True)
+    ]
 
 
 def _title(report: AnalysisReport) -> str:
@@ -91,9 +105,10 @@ def _layers(report: AnalysisReport, units: Sequence[UnitRow], width: int) -> Tab
     heads = ("op", "bits", "damage alone", "damage without", "SQNR alone", "SQNR without")
     found = _plain_table(*names, *heads, "weight's own", "output's own")
     values = {value.value: value for value in report.values}
-    for unit in units:
+    columns = [told_apart([unit.name for unit in units], room), told_apart([unit.module for unit in units], room)]
+    for unit, *shown in zip(units, *columns[: len(names)], strict=True):
         found.add_row(
-            *(shortened(name, room) for name in (unit.name, unit.module)[: len(names)]),
+            *shown,
             unit.op,
             unit.bits,
             damage(report, unit.damage_alone),

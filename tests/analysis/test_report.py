@@ -40,6 +40,22 @@ def test_the_table_is_sorted_and_shortens_names_in_the_middle() -> None:
     assert "3 more layers do less harm" in report.table(140, len(report.units) - 3)
 
 
+def test_layers_whose_shortened_names_look_the_same_are_told_apart() -> None:
+    names = [f"bert_embeddings_{kind}_embeddings" for kind in ("word", "token_type", "position")]
+    units = [replace(unit, name=name, module=name) for name, unit in zip(names, synthetic(3).units, strict=True)]
+    report = replace(synthetic(3), units=tuple(units))
+    for width in (110, 142):
+        shown = [line.split()[0] for line in report.table(width).splitlines() if "…" in line]
+        assert len(set(shown)) == len(shown) == 3, shown
+    assert "…n_type_embeddings" in report.table(110)
+
+
+def test_the_table_is_not_drowned_in_notes() -> None:
+    report = replace(synthetic(2), notes=tuple(f"note {index}" for index in range(40)))
+    text = report.table()
+    assert "note: note 2\n37 more notes are in the report" in text and "note 3" not in text
+
+
 def test_suggested_rules_can_be_pasted_and_do_what_they_say() -> None:
     batches = preset_nets.batches("residual")
     report = report_of("residual", "int8_per_tensor")
@@ -92,6 +108,7 @@ def suggested_layers(report: AnalysisReport, count: int = 9) -> set[int]:
         (0.7, (0.0, 0.1, 0.0), {1}),
         (0.7, (0.02, 0.1, -0.02), {1}),  # a gain of 0.02 shows that a loss of 0.02 says nothing
         (0.7, (0.02, 0.1, -0.2), set()),
+        (0.97, (0.97 - 0.965, 0.1, 0.97 - 0.975), {1}),  # one image of 200 lost, and one won
         (0.7, (5e-7, -1e-9, 8e-7), {2}),  # 1e-6 of the score
         (None, (0.0, 0.0), set()),
         (None, (1e-13, 0.3), {1}),

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fxquant.analysis import analyze
+from fxquant.analysis.analyze import TRIALS
 from fxquant.analysis.route import Route
 from fxquant.cli.loading import load_evaluate
 from fxquant.errors import FxquantError, StorageError
@@ -45,6 +46,20 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: py
     runs.clear()
     assert analyze(calibrated("residual"), batches, folder=tmp_path, resume=True) == expected
     assert len(runs) == 3  # float outputs alone
+
+
+def test_records_do_not_grow_with_the_batches_but_for_a_digest_each(tmp_path: Path) -> None:
+    (batch,) = preset_nets.batches("plain", 1)
+    sizes = []
+    for count in (1, 4, 7):
+        expected = analyze(calibrated("plain"), [batch] * count, folder=tmp_path / str(count))
+        sizes.append((tmp_path / str(count) / TRIALS).stat().st_size)
+        assert expected.batches == count and expected.samples == count * len(batch)
+    assert sizes[1] - sizes[0] < 3 * 100 and sizes[2] - sizes[1] < 3 * 100  # digits of sums, and 64 of each digest
+    more = analyze(calibrated("plain"), [batch] * 8, folder=tmp_path / "7", resume=True)
+    assert more == analyze(calibrated("plain"), [batch] * 8)
+    with pytest.raises(FxquantError, match="the 8 batches that the run that is resumed has finished, or more; got 2"):
+        analyze(calibrated("plain"), [batch] * 2, folder=tmp_path / "7", resume=True)
 
 
 def test_an_interrupted_evaluate_is_asked_only_for_what_is_missing(tmp_path: Path) -> None:
@@ -101,6 +116,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fxquant.analysis import analyze
+from fxquant.analysis.analyze import TRIALS
 analyzing = sys.modules["fxquant.analysis.analyze"]
 from fxquant.analysis.route import Route
 from tests import preset_nets
