@@ -28,7 +28,7 @@ from fxquant.training.parameter_groups import parameter_groups
 from fxquant.training.schedule_runner import ScheduleRunner
 from fxquant.tuning.auto_quant import auto_quantize
 from fxquant.tuning.auto_quant_result import AutoQuantResult
-from fxquant.tuning.auto_quant_steps import AddedPass, Step, default_steps
+from fxquant.tuning.auto_quant_steps import AddedPass, Combination, Step, default_steps
 from fxquant.tuning.candidates import Candidate
 from fxquant.tuning.criterion import Drop
 from fxquant.tuning.mixed_precision import tune_precision
@@ -41,6 +41,7 @@ __all__ = [
     "AnalysisReport",
     "AutoQuantResult",
     "Candidate",
+    "Combination",
     "Drop",
     "Encoding",
     "EpochRecord",

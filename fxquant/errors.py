@@ -84,6 +84,14 @@ class StorageError(FxquantError):
     """A file cannot be written or read."""
 
 
+class UserCodeError(FxquantError):
+    """What a user wrote raised; a search ends with it, and goes on when it is resumed."""
+
+
+class ScoreError(FxquantError):
+    """An `evaluate` gave no finite number."""
+
+
 def clipped(text: str, limit: int = 60) -> str:
     """What a user's file calls something, for a message: one line, at most `limit` characters."""
     shown = text if len(text) <= limit else f"{text[: limit - 3]}..."

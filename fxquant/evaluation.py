@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from fxquant.calibration import calibrate
-from fxquant.errors import ConfigError, FxquantError, nearest
+from fxquant.errors import ConfigError, ScoreError, nearest
 from fxquant.graph.batches import Batch
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program, Stage
@@ -88,7 +88,7 @@ def score_of(program: Program, evaluate: Evaluate, on: EvaluatedOn, thing: str) 
             "float": fake quantization, the fastest, for searches.
         thing: for messages ("train_qat: score after epoch 3").
 
-    Raises FxquantError for a score that is no number, or not finite.
+    Raises ScoreError for a score that is no number, or not finite.
     """
     if on == "onnxruntime":
         program.module.eval()
@@ -105,7 +105,7 @@ def score_of(program: Program, evaluate: Evaluate, on: EvaluatedOn, thing: str) 
         finally:
             program.simulate = before
     if not math.isfinite(score):
-        raise FxquantError(
+        raise ScoreError(
             thing,
             expected="a finite number",
             got=str(score),
@@ -121,4 +121,4 @@ def _number(found: Any, thing: str) -> float:
     except (TypeError, ValueError, RuntimeError) as err:  # RuntimeError: torch, of a tensor with several elements
         got = "None" if found is None else f"{type(found).__name__}: {err}"
         remedy = "`evaluate` must return one number: has each of its branches a `return`?"
-        raise FxquantError(thing, expected="a number", got=got, remedy=remedy) from err
+        raise ScoreError(thing, expected="a number", got=got, remedy=remedy) from err

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from fxquant.cli.parsing import Subparsers, add_command, add_output, positive
-from fxquant.cli.searching import SEARCH, add_search, add_searched, drop_of, run_search
+from fxquant.cli.searching import SEARCH, add_goal, add_search, add_searched, goal_of, run_search
 from fxquant.tuning.auto_quant import auto_quantize
-from fxquant.tuning.criterion import Drop
 
 REPORT = "autoquant.json"
 
@@ -25,7 +24,8 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "  fxquant autoquant net.pt2 --data images.npy --evaluate score.py:top1 --drop 1% --config w4a8 --out out",
     )
     add_searched(parser)
-    _add_goal(parser)
+    add_goal(parser)
+    parser.add_argument("--iterations", type=positive, help="AdaRound's iterations for each layer")
     add_search(parser, " to begin with")
     add_output(
         parser,
@@ -35,24 +35,7 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=auto_quant)
 
 
-def _add_goal(parser: argparse.ArgumentParser) -> None:
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--target", type=float, metavar="SCORE", help="the score to reach")
-    goal.add_argument(
-        "--drop", type=_drop, help="the largest drop against the float model's score: 0.01, or 1%% of that score"
-    )
-    parser.add_argument("--iterations", type=positive, help="AdaRound's iterations for each layer")
-
-
-def _drop(text: str) -> Drop:
-    found = drop_of(text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, or one with %, is '{text}'")
-    return found
-
-
 def auto_quant(options: argparse.Namespace) -> int:
     """`fxquant autoquant`: 0 if the target is reached; 1 if not, and the best model is written all the same."""
-    target = options.target if options.drop is None else options.drop
-    result = run_search(options, auto_quantize, (REPORT,), target=target, iterations=options.iterations)
+    result = run_search(options, auto_quantize, (REPORT,), target=goal_of(options), iterations=options.iterations)
     return 0 if result.reached else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -42,6 +43,21 @@ def add_searched(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_goal(parser: argparse.ArgumentParser) -> None:
+    """The score that is to be reached, in either of two forms; `goal_of` reads it."""
+    goal = parser.add_mutually_exclusive_group(required=True)
+    goal.add_argument("--target", type=score, metavar="SCORE", help="the score to reach")
+    goal.add_argument(
+        "--drop", type=drop, help="the largest drop against the float model's score: 0.01, or 1%% of that score"
+    )
+
+
+def goal_of(options: argparse.Namespace) -> float | Drop:
+    """What add_goal's options say."""
+    found: float | Drop = options.target if options.drop is None else options.drop
+    return found
+
+
 def add_search(parser: argparse.ArgumentParser, purpose: str) -> None:
     """How the search is run; `purpose` is that of the pipeline, for the help."""
     add_config(parser, purpose)
@@ -57,14 +73,25 @@ def add_search(parser: argparse.ArgumentParser, purpose: str) -> None:
     again.add_argument("--overwrite", action="store_true", help="remove an earlier run")
 
 
-def drop_of(text: str) -> Drop | None:
-    """A drop from "0.01", or a relative one from "1%"; None if it is neither."""
+def score(text: str) -> float:
+    """A finite score."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"must be a finite number, is '{text}'")
+    return value
+
+
+def drop(text: str) -> Drop:
+    """A drop from "0.01", or a relative one from "1%"."""
     is_relative = text.endswith("%")
     try:
         number = float(text.removesuffix("%"))
         return Drop(number / 100 if is_relative else number, is_relative)
     except (ValueError, ConfigError):
-        return None
+        raise argparse.ArgumentTypeError(f"must be a number of 0 or more, or one with %, is '{text}'") from None
 
 
 def run_search(

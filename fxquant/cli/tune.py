@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from fxquant.cli.parsing import Subparsers, add_command, add_output, positive
-from fxquant.cli.searching import SEARCH, add_search, add_searched, drop_of, run_search
+from fxquant.cli.searching import SEARCH, add_goal, add_search, add_searched, goal_of, run_search
 from fxquant.tuning.candidates import CANDIDATES, DEFAULT_CANDIDATES
-from fxquant.tuning.criterion import Drop
 from fxquant.tuning.mixed_precision import tune_precision
 from fxquant.tuning.result import PLOT, REPORT, Cost
 
@@ -20,14 +18,15 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
         "tune",
         "find the mixed precision that meets an accuracy criterion at the least cost",
         "  fxquant tune mypackage.models:make_net --data images.npy --evaluate mypackage.scores:top1 \\\n"
-        "      --criterion 1% --out out\n"
-        "  fxquant tune ./model.py:make_net --data images/ --evaluate ./model.py:top1 --criterion '>=0.71' --out out "
+        "      --drop 1% --out out\n"
+        "  fxquant tune ./model.py:make_net --data images/ --evaluate ./model.py:top1 --target 0.71 --out out "
         "--resume\n"
-        "  fxquant tune net.pt2 --data images.npy --evaluate score.py:top1 --criterion 0.01 \\\n"
+        "  fxquant tune net.pt2 --data images.npy --evaluate score.py:top1 --drop 0.01 \\\n"
         "      --candidates float,int16_activations,int8_per_channel,w4a8 --cost bit-ops --out out",
     )
     add_searched(parser)
-    _add_goal(parser)
+    add_goal(parser)
+    _add_choice(parser)
     add_search(parser, " to tune")
     _add_limits(parser)
     add_output(
@@ -38,14 +37,7 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=tune)
 
 
-def _add_goal(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--criterion",
-        required=True,
-        type=criterion_of,
-        help="the largest drop against the float model's score, as 0.01 or as 1%% of that score; "
-        "or the score itself, as '>=0.85'",
-    )
+def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cost",
         default=Cost.BIT_OPS.value,
@@ -75,30 +67,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def criterion_of(text: str) -> float | Drop:
-    """A criterion from "1%" (a relative drop), "0.01" (a drop) or ">=0.85" (a score)."""
-    found = _score(text) if text.strip().startswith(">=") else drop_of(text)
-    if found is None:
-        expected = "a drop of 0 or more (0.01), one with % (1%), or a score behind >= (>=0.85)"
-        raise argparse.ArgumentTypeError(f"must be {expected}, is '{text}'")
-    return found
-
-
-def _score(text: str) -> float | None:
-    try:
-        value = float(text.strip().removeprefix(">="))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def tune(options: argparse.Namespace) -> int:
     """`fxquant tune`: 0 if the criterion is met; 1 if not, and the best model is written all the same."""
     result = run_search(
         options,
         tune_precision,
         (REPORT, PLOT),
-        criterion=options.criterion,
+        criterion=goal_of(options),
         candidates=options.candidates,
         cost=options.cost,
         sensitivity_batches=options.sensitivity_batches,

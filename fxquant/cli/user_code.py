@@ -1,4 +1,4 @@
-"""Running what a user wrote: whatever it raises becomes an FxquantError that says where."""
+"""Running what a user wrote: whatever it raises becomes a UserCodeError that says where."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 
-from fxquant.errors import FxquantError
+from fxquant.errors import FxquantError, UserCodeError
 from fxquant.graph.batches import Batch
 
 _FXQUANT = str(Path(__file__).parent.parent)
@@ -17,14 +17,14 @@ _NOT_THE_USERS = (_FXQUANT, *(sysconfig.get_path(name) for name in ("stdlib", "p
 
 @contextmanager
 def user_code(thing: str) -> Iterator[None]:
-    """Turn what the block raises, but for fxquant's own errors, into an FxquantError "<thing> raised"."""
+    """Turn what the block raises, but for fxquant's own errors, into a UserCodeError "<thing> raised"."""
     try:
         yield
     except FxquantError:
         raise
     except Exception as err:
         got = f"{type(err).__name__}: {err}" if str(err) else type(err).__name__
-        raise FxquantError(f"{thing} raised", place=user_place(err), got=got) from err
+        raise UserCodeError(f"{thing} raised", place=user_place(err), got=got) from err
 
 
 def user_place(err: BaseException) -> str:

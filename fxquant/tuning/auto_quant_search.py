@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fxquant.errors import CalibrationError, FxquantError
+from fxquant.errors import CalibrationError, FxquantError, UserCodeError
 from fxquant.evaluation import Evaluate, EvaluatedOn, lowered, quantized, score_of
 from fxquant.graph.batches import Batch
 from fxquant.graph.pipeline import Pipeline
@@ -176,6 +176,8 @@ class Search:
             program = self.measure.quantized(pipeline, unfinished)
             made = _Made(program, lowered(program, pipeline))
             trial = self._judged(replace(trial, fingerprint=made.finalized.fingerprint()), made.finalized)
+        except UserCodeError:
+            raise
         except FxquantError as err:
             if isinstance(err, CalibrationError) and trial.pipeline == self.start.to_toml():
                 raise  # the data, or the float model's own values: no step mends them

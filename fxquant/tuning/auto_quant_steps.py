@@ -4,6 +4,9 @@ Ranges first, which cost a calibration each: the scheme pairs of AIMET's AutoQua
 tf-enhanced/min-max, tf-enhanced/tf-enhanced, tf-enhanced/99.9 %, tf-enhanced/99.99 %; min-max/min-max is what most
 configs say), least squares and entropy. Then what changes the float network (Nagel 2019, arXiv:1906.04721), then biases
 (the same paper), at last what chooses how each weight is rounded (AdaRound: Nagel 2020, arXiv:2004.10568).
+
+Some steps help only together: equalization makes biases large, and may lose by itself what it gains once they are
+corrected. A Combination takes several steps at once, whether they were kept or not, so that the search finds that.
 """
 
 from __future__ import annotations
@@ -99,6 +102,29 @@ class Step:
         return "; ".join(words) or "the config as it is"
 
 
+@dataclass(frozen=True)
+class Combination(Step):
+    """Several steps at once, in their order, whether they were kept or not; those that do not apply are left out."""
+
+    parts: tuple[Step, ...] = ()
+
+    def build(self, pipeline: Pipeline) -> Pipeline:
+        """The pipeline to try. Raises ConfigError where no part applies to it."""
+        applied = 0
+        for part in self.parts:
+            try:
+                pipeline, applied = part.build(pipeline), applied + 1
+            except FxquantError:
+                continue
+        if not applied:
+            names = " or ".join(f"'{part.name}'" for part in self.parts) or "a part"
+            raise ConfigError(f"step '{self.name}'", expected=f"a pipeline that {names} applies to", got="none")
+        return pipeline
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.parts))
+
+
 def _change(name: str, change: SpecOverride) -> str:
     is_estimator = change == SpecOverride(estimator=change.estimator)
     return f"{name} by {change.estimator}" if is_estimator else f"{name}: {change}"
@@ -135,45 +161,56 @@ def ranges(name: str, *, weight: str, activation: str) -> Step:
 
 
 def default_steps(iterations: int | None = None, seed: int = 0) -> tuple[Step, ...]:
-    """The steps that `auto_quantize` takes unless it is told others, cheapest first.
+    """The steps that `auto_quantize` takes unless it is told others, cheapest first; the last ones of their cost are
+    combinations of those before.
 
     Arguments:
         iterations: of AdaRound for each layer; None for the pass's default.
         seed: of AdaRound.
     """
-    equalize = AddedPass("cross-layer-equalization")
     rounding = {"seed": seed} if iterations is None else {"iterations": iterations, "seed": seed}
+    adaround = Step("AdaRound", optimize=(AddedPass("adaround", rounding),), before=("correct-bias", "recalibrate"))
     return (
         Step("as configured"),
-        ranges("tf-enhanced weights", weight="tf-enhanced", activation="min-max"),
-        ranges("tf-enhanced ranges", weight="tf-enhanced", activation="tf-enhanced"),
-        ranges("99.9 % ranges", weight="tf-enhanced", activation="percentile(99.9)"),
-        ranges("99.99 % ranges", weight="tf-enhanced", activation="percentile(99.99)"),
-        ranges("mse ranges", weight="mse", activation="mse"),
-        ranges("entropy ranges", weight="min-max", activation="entropy"),
-        Step("equalization", prepare=(equalize,)),
-        Step("equalization through ReLU6", prepare=(AddedPass("replace-relu6", {"least_db": 20.0}), equalize)),
-        Step(
-            "high biases absorbed",
-            prepare=(AddedPass("absorb-high-bias"),),
-            behind=(*FOLDING, "cross-layer-equalization"),
-        ),
+        *_RANGES,
+        *(_EQUALIZATION, _THROUGH_RELU6, _ABSORPTION),
         ranges("min-max ranges", weight="min-max", activation="min-max"),  # may be best once channels are equalized
-        Step(
-            "analytic bias correction",
-            optimize=(AddedPass("correct-bias", {"method": "analytic"}),),
-            before=("recalibrate",),
+        *(_bias_correction("analytic"), _bias_correction("empirical")),
+        _RECALIBRATION,
+        Combination("equalization and biases", parts=(_EQUALIZATION, _bias_correction("empirical"))),
+        Combination(
+            "the same through ReLU6",  # as int8_per_tensor_dfq has it
+            parts=(_THROUGH_RELU6, _ABSORPTION, _bias_correction("empirical"), _RECALIBRATION),
         ),
-        Step(
-            "empirical bias correction",
-            optimize=(AddedPass("correct-bias", {"method": "empirical"}),),
-            before=("recalibrate",),
-        ),
-        Step("recalibration", optimize=(AddedPass("recalibrate"),)),
         Step(
             "sequential mse",
             optimize=(AddedPass("sequential-mse"),),
             before=("adaround", "correct-bias", "recalibrate"),
         ),
-        Step("AdaRound", optimize=(AddedPass("adaround", rounding),), before=("correct-bias", "recalibrate")),
+        adaround,
+        Combination("all together", parts=(_EQUALIZATION, _bias_correction("empirical"), adaround)),
     )
+
+
+def _bias_correction(method: str) -> Step:
+    added = AddedPass("correct-bias", {"method": method})
+    return Step(f"{method} bias correction", optimize=(added,), before=("recalibrate",))
+
+
+_RANGES = (
+    ranges("tf-enhanced weights", weight="tf-enhanced", activation="min-max"),
+    ranges("tf-enhanced ranges", weight="tf-enhanced", activation="tf-enhanced"),
+    ranges("99.9 % ranges", weight="tf-enhanced", activation="percentile(99.9)"),
+    ranges("99.99 % ranges", weight="tf-enhanced", activation="percentile(99.99)"),
+    ranges("mse ranges", weight="mse", activation="mse"),
+    ranges("entropy ranges", weight="min-max", activation="entropy"),
+)
+_EQUALIZE = AddedPass("cross-layer-equalization")
+_EQUALIZATION = Step("equalization", prepare=(_EQUALIZE,), behind=(*FOLDING, "replace-relu6"))
+_THROUGH_RELU6 = Step("equalization through ReLU6", prepare=(AddedPass("replace-relu6", {"least_db": 30.0}), _EQUALIZE))
+_ABSORPTION = Step(
+    "high biases absorbed",
+    prepare=(AddedPass("absorb-high-bias"),),
+    behind=(*FOLDING, "cross-layer-equalization"),
+)
+_RECALIBRATION = Step("recalibration", optimize=(AddedPass("recalibrate"),))

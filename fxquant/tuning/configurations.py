@@ -6,7 +6,7 @@ wants anyway is not said again, so that the rules are few and tell what differs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -53,7 +53,7 @@ class Space:
     """
 
     def __init__(
-        self, captured: Program, pipeline: Pipeline, candidates: Sequence[Candidate], batches: Sequence[Batch]
+        self, captured: Program, pipeline: Pipeline, candidates: Sequence[Candidate], batches: Iterable[Batch]
     ) -> None:
         self.pipeline = pipeline
         self.candidates = tuple(candidates)

@@ -64,6 +64,11 @@ class Group:
         return self.operations[0].name + (f" +{more}" if more else "")
 
     @property
+    def has_weights(self) -> bool:
+        """Without any, a candidate says nothing but how wide its activations are."""
+        return any(item.weight is not None for item in self.operations)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of its operations."""
         return tuple(item.name for item in self.operations)

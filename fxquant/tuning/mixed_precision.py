@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from fxquant.errors import ConfigError, nearest
 from fxquant.evaluation import Evaluate, EvaluatedOn, name_of, require_evaluated_on
 from fxquant.files import write_text
 from fxquant.graph.batches import Batch, batches_digest
+from fxquant.graph.pass_data import PassData
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.schedule import plain_integer
 from fxquant.training.seeding import plain_seed
@@ -66,7 +68,8 @@ def tune_precision(
 
     Arguments:
         model, example_inputs, config: as of QuantSim. The model is left untouched; the config's own rules hold.
-        batches: for calibration.
+        batches: for calibration; iterated anew many times: a list, a DataLoader without shuffling. No more than
+            `sensitivity_batches` of them are held at a time.
         evaluate: takes a callable like the model and gives a score, the higher the better; called once for the float
             model (in torch) and once for each configuration. A run is resumed with that of the same name alone.
         criterion: a score, or Drop(amount, relative=...) against the float model's.
@@ -86,11 +89,12 @@ def tune_precision(
         report: is given each configuration, once it is on disk.
         progress: show progress bars when standard error is a terminal.
 
-    A configuration that the pipeline refuses is recorded as failed, and the search goes on. If none meets the criterion
+    A configuration that the pipeline refuses, or that has no finite score, is recorded as failed, and the search goes
+    on. If none meets the criterion
     the result says so (`met`), and is the one with the best score.
 
     Raises ConfigError for wrong arguments and for a model in which nothing can be tuned, StorageError for a folder that
-    holds another run, FxquantError if `evaluate` gives no finite score.
+    holds another run, FxquantError if the float model has no finite score, or no configuration has one.
     """
     check_target(criterion, THING)
     require_evaluated_on(evaluate_on, THING)
@@ -100,14 +104,15 @@ def tune_precision(
             raise ConfigError(f"{THING}: {name}", expected="a whole number of 1 or more", got=repr(count))
     place = _folder(folder, resume, overwrite)
     wanted, seed = chosen_candidates(candidates), plain_seed(seed, THING)
-    given = _listed(batches)
+    PassData(batches)
+    measured = _first(batches, sensitivity_batches)
     start = config if isinstance(config, Pipeline) else load_pipeline(config)
     captured = capture(model, example_inputs)
     recipe = {
         "model": captured.fingerprint(),
         "config": start.to_toml(),
         "candidates": [str(item) for item in wanted],
-        "batches": batches_digest(given),
+        "batches": batches_digest(batches),
         "sensitivity_batches": sensitivity_batches,
         "cost": kind.value,
         "evaluate": name_of(evaluate),
@@ -115,11 +120,12 @@ def tune_precision(
         "seed": seed,
     }
     log = TrialLog(None if place is None else place / LOG, recipe, resume=resume, overwrite=overwrite)
-    known = {item.name: item for item in (*map(CANDIDATES.__getitem__, BASELINES), *wanted)}
-    space = Space(captured, start, tuple(known.values()), given)
-    setting = Setting(captured, space, given, evaluate, evaluate_on, kind, example_inputs, seed, progress)
+    known = {item.name: item for item in (*wanted, *map(CANDIDATES.__getitem__, BASELINES))}
+    known |= {item.name: item for item in wanted}  # one of a baseline's name is the user's
+    space = Space(captured, start, tuple(known.values()), batches)
+    setting = Setting(captured, space, batches, evaluate, evaluate_on, kind, example_inputs, seed, progress)
     tuner = Tuner(setting, log, max_trials, report)
-    result = tuner.run(wanted, criterion, given[:sensitivity_batches])
+    result = tuner.run(wanted, criterion, measured)
     if place is not None:
         write_text(place / CHOSEN, result.pipeline.to_toml())
         result.save(place)
@@ -141,11 +147,8 @@ def _folder(folder: str | os.PathLike[str] | None, resume: bool, overwrite: bool
     return None if folder is None else Path(folder)
 
 
-def _listed(batches: Iterable[Batch]) -> list[Batch]:
-    if isinstance(batches, torch.Tensor):
-        remedy = "Put it in a list: [batch]."
-        raise ConfigError(f"{THING}: batches", expected="an iterable of batches", got="a tensor", remedy=remedy)
-    found = list(batches)
+def _first(batches: Iterable[Batch], count: int) -> list[Batch]:
+    found = list(islice(batches, count))
     if not found:
         raise ConfigError(f"{THING}: batches", expected="at least one batch", got="none")
     return found

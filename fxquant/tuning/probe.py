@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,7 @@ class Setting:
 
     captured: Program
     space: Space
-    batches: Sequence[Batch]
+    batches: Iterable[Batch]
     evaluate: Evaluate
     evaluate_on: EvaluatedOn
     cost: Cost

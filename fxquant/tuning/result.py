@@ -25,6 +25,7 @@ from fxquant.tuning.pareto import pareto_front
 
 PLOT, REPORT = "front.svg", "tuning.json"
 WIDTH = 132
+NO_WEIGHTS = " (activations alone: no weights)"
 MOST_ROWS = 24  # of the chosen configuration's exceptions, in print
 
 
@@ -203,7 +204,12 @@ class TuningResult:
             "is_complete": self.is_complete,
             "chosen": self.chosen.name,
             "groups": [
-                {"operations": list(group.names), "candidate": name, "damages": dict(damages)}
+                {
+                    "operations": list(group.names),
+                    "has_weights": group.has_weights,
+                    "candidate": name,
+                    "damages": dict(damages),
+                }
                 for group, name, damages in zip(self.groups, self.chosen.assignment, self.damages, strict=True)
             ],
             "trials": [
@@ -269,7 +275,7 @@ class TuningResult:
         """The groups that do not have the chosen configuration's most common candidate, worst damage first."""
         common = Counter(self.chosen.assignment).most_common(1)[0][0]
         rows = [
-            (damages.get(common, 0.0), f"  {name}: {', '.join(group.names)}")
+            (damages.get(common, 0.0), f"  {name}: {', '.join(group.names)}{'' if group.has_weights else NO_WEIGHTS}")
             for group, name, damages in zip(self.groups, self.chosen.assignment, self.damages, strict=True)
             if name != common
         ]

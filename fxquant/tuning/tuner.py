@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fxquant.errors import CalibrationError, ConfigError, ExportError, FxquantError, PassError, SpecError
+from fxquant.errors import CalibrationError, ConfigError, ExportError, FxquantError, PassError, ScoreError, SpecError
 from fxquant.evaluation import lowered
 from fxquant.graph.batches import Batch
 from fxquant.graph.program import Program
@@ -28,7 +28,7 @@ from fxquant.tuning.search import BudgetSpent, Ladder, Option, Outcome, Search, 
 
 FLOAT_SCORE = "float score"
 LATENCY_NOISE = 0.02
-REFUSALS = (PassError, ConfigError, SpecError, CalibrationError, ExportError)
+REFUSALS = (PassError, ConfigError, SpecError, CalibrationError, ExportError, ScoreError)
 
 
 @dataclass
@@ -154,10 +154,10 @@ class Tuner:
             program, pipeline = self.setting.program(assignment)
             final = lowered(program, pipeline)
             cost, spread = self._cost(final)
+            score = self.setting.score(final, self.setting.evaluate_on, f"'{name}'")
         except REFUSALS as err:
             seconds = time.perf_counter() - start
             return {"score": None, "cost": None, "seconds": seconds, "reason": str(err)}
-        score = self.setting.score(final, self.setting.evaluate_on, f"'{name}'")
         return {"score": score, "cost": cost, "seconds": time.perf_counter() - start, "spread": spread}
 
     def _cost(self, final: Program) -> tuple[float, float]:

@@ -21,6 +21,11 @@ def closeness(model):
 def other(model):
     return closeness(model)
 
+def worn(model):
+    with open("asked.txt", "a+") as file:
+        file.write(".")
+        return 1 / (file.tell() != 2)
+
 def wrong(model):
     return 1 / 0
 
@@ -83,6 +88,15 @@ def test_evaluate_that_raises_is_named_with_its_line(folder: Path, capsys: pytes
     assert not (folder / "out").exists()
 
 
+def test_evaluate_that_raises_in_a_trial_ends_the_search_which_goes_on_when_it_is_resumed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert autoquant("--drop", "0.5", evaluate="worn") == 2  # at its second call
+    assert "evaluate 'auto_model.py:worn' raised" in capsys.readouterr().err
+    assert autoquant("--drop", "0.5", "--resume", evaluate="worn") == 0
+    assert "as configured: kept" in capsys.readouterr().out and (folder / "asked.txt").read_text() == "..."
+
+
 def test_evaluate_without_a_return_is_told_to_return_a_number(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert autoquant("--drop", "0.5", evaluate="silent") == 2
     error = capsys.readouterr().err
@@ -103,6 +117,7 @@ def test_run_is_not_resumed_with_another_evaluate(folder: Path, capsys: pytest.C
     [
         ((), "one of the arguments --target --drop is required"),
         (("--target", "1", "--drop", "1"), "not allowed with"),
+        (("--target", "nan"), "must be a finite number"),
         (("--drop", "-1"), "must be a number of 0 or more"),
         (("--drop", "few"), "must be a number of 0 or more"),
         (("--drop", "1", "--resume", "--overwrite"), "not allowed with"),

@@ -1,4 +1,4 @@
-"""`fxquant tune`: criteria as text, files, and exit codes."""
+"""`fxquant tune`: drops and targets as text, files, and exit codes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fxquant.cli.main import main
-from fxquant.cli.tune import criterion_of
+from fxquant.cli.searching import drop, score
 from fxquant.tuning.criterion import Drop
 
 CODE = """
@@ -55,40 +55,49 @@ def arguments(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("1%", Drop(0.01, relative=True)),
-        ("0.5%", Drop(0.005, relative=True)),
-        ("0.01", Drop(0.01)),
-        ("0", Drop(0.0)),
-        (">=0.85", 0.85),
-        (">= -3", -3.0),
-    ],
+    [("1%", Drop(0.01, relative=True)), ("0.5%", Drop(0.005, relative=True)), ("0.01", Drop(0.01)), ("0", Drop(0.0))],
 )
-def test_criterion_is_read(text: str, expected: float | Drop) -> None:
-    assert criterion_of(text) == expected
+def test_drop_is_read(text: str, expected: Drop) -> None:
+    assert drop(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "%", "-1%", "-0.1", "nan", ">=nan", ">=1%", "<=0.8", "one", ">=", "inf"])
-def test_criterion_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a drop of 0 or more"):
-        criterion_of(text)
+@pytest.mark.parametrize("text", ["", "%", "-1%", "-0.1", "nan", ">=0.8", "one", "inf"])
+def test_drop_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a number of 0 or more, or one with %"):
+        drop(text)
+
+
+@pytest.mark.parametrize("text", ["", "nan", "-inf", "1%", "few"])
+def test_target_that_is_no_score_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be a finite number"):
+        score(text)
+
+
+def test_both_searches_speak_of_their_goal_in_the_same_words(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for command in ("autoquant", "tune"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        told.append(text[text.index("--target SCORE", text.index("options:")) : text.index("model's score")])
+    assert told[0] == told[1] and "--drop" in told[0]
 
 
 def test_files_are_written_and_the_criterion_is_met(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*arguments, "--criterion", "5%"]) == 0
+    assert main([*arguments, "--drop", "5%"]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.onnx", "model.fxq", "model.toml", "tuning.json", "front.svg", "search"} <= names
     assert {path.name for path in (tmp_path / "out" / "search").iterdir()} >= {"trials.json", "chosen.toml"}
     text = capsys.readouterr().out
     assert "criterion (a drop of 5 %" in text and "check it: fxquant parity" in text
-    assert main([*arguments, "--criterion", "5%"]) == 2  # a search is there
+    assert main([*arguments, "--drop", "5%"]) == 2  # a search is there
     assert "resume=True (--resume) continues that run" in capsys.readouterr().err
     others = [text.replace(":closeness", ":other") for text in arguments]
-    assert main([*others, "--criterion", "5%", "--resume"]) == 2
+    assert main([*others, "--drop", "5%", "--resume"]) == 2
     assert "of another run: evaluate; expected" in capsys.readouterr().err
-    assert main([*arguments, "--criterion", ">=2", "--resume"]) == 1  # no model is that good
+    assert main([*arguments, "--target", "2", "--resume"]) == 1  # no model is that good
     assert "NOT met" in capsys.readouterr().out
     assert main(["parity", str(tmp_path / "out" / "model.onnx"), "--data", str(tmp_path / "x.npy")]) == 0
 
@@ -96,17 +105,26 @@ def test_files_are_written_and_the_criterion_is_met(
 def test_evaluate_without_a_return_leaves_nothing_behind(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([text.replace(":closeness", ":silent") for text in arguments] + ["--criterion", "5%"]) == 2
+    assert main([text.replace(":closeness", ":silent") for text in arguments] + ["--drop", "5%"]) == 2
     assert "expected a number; got None. `evaluate` must return one number" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_candidate_is_an_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments[:-1], "int8", "--criterion", "5%"]) == 2
+    assert main([*arguments[:-1], "int8", "--drop", "5%"]) == 2
     assert "candidate 'int8' is unknown" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [["--criterion", "a lot"], ["--criterion", "1%", "--cost", "energy"], []])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--drop", "a lot"],
+        ["--target", "nan"],
+        ["--drop", "1%", "--target", "1"],
+        ["--drop", "1%", "--cost", "energy"],
+        [],
+    ],
+)
 def test_wrong_options_are_usage_errors(arguments: list[str], extra: list[str]) -> None:
     with pytest.raises(SystemExit) as raised:
         main([*arguments, *extra])

@@ -22,7 +22,7 @@ from fxquant.parity import check_parity
 from fxquant.tuning.auto_quant import auto_quantize
 from fxquant.tuning.auto_quant_result import AutoQuantResult, Trial, Verdict
 from fxquant.tuning.auto_quant_search import Measure
-from fxquant.tuning.auto_quant_steps import AddedPass, Step, default_steps
+from fxquant.tuning.auto_quant_steps import AddedPass, Combination, Step, default_steps
 from fxquant.tuning.criterion import Drop
 from tests.tuning.auto_quant_nets import (
     Scripted,
@@ -120,6 +120,85 @@ def test_relative_drop_of_a_negative_score_lies_below_it() -> None:
     assert result.threshold == pytest.approx(-2.2) and result.reached
 
 
+# --- what helps only together ----------------------------------------------------------------------------------------
+
+UP = Step("up", prepare=(AddedPass("nudge-bias", {"amount": 4.0}),))
+DOWN = Step("down", optimize=(AddedPass("nudge-bias", {"amount": -3.0}),))
+TOGETHER = Combination("together", parts=(UP, Step("typo", prepare=(AddedPass("nudge-biass"),)), DOWN))
+
+
+class Near:
+    """An evaluate that grows as the outputs' mean comes near 1 above the net's own: +4 and -3 harm alone."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.goal = float(plain_net()(images()[0]).detach().mean()) + 1
+
+    def __call__(self, model: Callable[..., Any]) -> float:
+        self.calls += 1
+        return -abs(float(model(images()[0]).mean()) - self.goal)
+
+
+def test_combination_finds_what_each_of_its_steps_alone_made_worse(tmp_path: Path) -> None:
+    steps = (AS_IS, UP, DOWN, TOGETHER, nudge("unneeded"))
+    result = search(Near(), -0.1, steps=steps, folder=tmp_path)
+    assert verdicts(result) == ["kept", "not kept", "not kept", "kept"] and result.reached
+    assert result.made_by == ("together",) and result.untried == ("unneeded",)
+    assert [vars(item)["amount"] for item in result.pipeline.prepare_passes if item.name == "nudge-bias"] == [4.0]
+    assert amounts(result) == [-3.0] and load_program(tmp_path / "best.fxq").fingerprint() == (
+        lowered(result.program, result.pipeline).fingerprint()
+    )
+    assert row(str(result), "together")[-1] == "kept, target reached"
+    again = Near()
+    resumed = search(again, -0.1, steps=steps, folder=tmp_path, resume=True)
+    assert again.calls == 0 and resumed.trials == result.trials
+    assert resumed.pipeline.to_toml() == result.pipeline.to_toml()
+
+
+def test_combination_is_not_tried_where_a_step_was_good_enough() -> None:
+    result = search(Scripted(0.9, 0.5, 0.8), 0.8, steps=(AS_IS, UP, TOGETHER))
+    assert verdicts(result) == ["kept", "kept"] and result.untried == ("together",)
+
+
+def test_combination_of_steps_that_were_all_kept_is_skipped() -> None:
+    evaluate = Scripted(0.9, 0.5, 0.6, 0.7)
+    result = search(evaluate, steps=(AS_IS, UP, DOWN, TOGETHER))
+    assert verdicts(result) == ["kept", "kept", "kept", "skipped"] and evaluate.calls == 4
+    assert result.trials[-1].reason == "the same pipeline as 'down'" and result.made_by == ("up", "down")
+
+
+def test_combination_that_replaces_kept_steps_is_what_the_best_is_made_by() -> None:
+    result = search(Scripted(0.9, 0.5, 0.6, 0.1, 0.7), steps=(AS_IS, UP, DOWN, TOGETHER))
+    assert verdicts(result) == ["kept", "kept", "not kept", "skipped"]  # on the best, DOWN is all that it adds
+    other = Combination("other", parts=(Step("lower", prepare=(AddedPass("nudge-bias", {"amount": 2.0}),)), DOWN))
+    result = search(Scripted(0.9, 0.5, 0.6, 0.1, 0.7), steps=(AS_IS, UP, DOWN, other))
+    assert verdicts(result)[-1] == "kept" and result.made_by == ("other",)
+
+
+def test_combination_none_of_whose_parts_applies_is_skipped() -> None:
+    lost = Step("lost", prepare=(AddedPass("nudge-bias"),), behind=("x",))
+    result = search(Scripted(0.9, 0.5), steps=(AS_IS, Combination("both", parts=(lost,))))
+    assert result.trials[1].verdict is Verdict.SKIPPED
+    assert "step 'both'; expected a pipeline that 'lost' applies to; got none" in result.trials[1].reason
+
+
+def test_default_combinations_hold_equalization_biases_and_rounding_in_their_order() -> None:
+    """Equalization behind what it needs, rounding in front of the biases, also on a pipeline that has them already."""
+    steps = {step.name: step for step in default_steps()}
+    start = load_pipeline("int8_per_tensor_dfq")
+    for before in (load_pipeline("int8_per_tensor"), start):
+        made = steps["all together"].build(before)
+        prepared = [item.name for item in made.prepare_passes]
+        folds = prepared[prepared.index("fold-batch-norm") + 1 : prepared.index("cross-layer-equalization")]
+        assert folds == (["replace-relu6"] if before is start else [])
+        assert [item.name for item in made.optimize_passes][:2] == ["adaround", "correct-bias"]
+    dfq = steps["the same through ReLU6"].build(load_pipeline("int8_per_tensor"))
+    assert [item.name for item in dfq.optimize_passes] == [item.name for item in start.optimize_passes]
+    added = ["replace-relu6", "cross-layer-equalization", "absorb-high-bias"]
+    place = [item.name for item in dfq.prepare_passes].index("fold-batch-norm") + 1
+    assert [item.name for item in dfq.prepare_passes][place : place + 3] == added
+
+
 # --- trials that fail or are skipped ---------------------------------------------------------------------------------
 
 
@@ -209,7 +288,8 @@ def test_step_that_changes_nothing_is_skipped_without_an_evaluation() -> None:
 
 def test_default_steps_cost_more_and_more_and_round_trip_as_toml(tmp_path: Path) -> None:
     names = [step.name for step in default_steps()]
-    assert names[0] == "as configured" and names[-1] == "AdaRound"
+    assert names[0] == "as configured" and names[-2:] == ["AdaRound", "all together"]
+    assert names.index("empirical bias correction") < names.index("equalization and biases") < names.index("AdaRound")
     assert names.index("mse ranges") < names.index("equalization") < names.index("analytic bias correction")
     assert len(set(names)) == len(names)
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +19,7 @@ from torch import nn
 import fxquant
 from fxquant.errors import ConfigError, FxquantError, PassError, StorageError
 from fxquant.evaluation import lowered
+from fxquant.numerics.fake_quant import FakeQuant
 from fxquant.tuning.criterion import Drop
 from fxquant.tuning.mixed_precision import tune_precision
 from fxquant.tuning.probe import Setting
@@ -84,6 +87,20 @@ def test_what_was_not_asked_for_is_shown_and_never_chosen() -> None:
     assert [trial.name for trial in tensor.trials if trial.is_baseline] == ["int8_per_channel"]
 
 
+def test_groups_without_weights_go_by_what_was_asked_for() -> None:
+    data = batches()
+    run = {"criterion": -100.0, "evaluate_on": "float", "progress": False}
+    for name in ("int8_per_tensor", "w4a8"):
+        result = tune_precision(pooled_net(), data[0], data, lambda model: 0.0, candidates=[name], **run)
+        assert result.chosen.name == name and set(result.chosen.assignment) == {name}
+    result = tune_precision(
+        pooled_net(), data[0], data, lambda model: 0.0, candidates=["int8_per_channel", "w4a8"], **run
+    )
+    assert "\n  int8_per_channel: add (activations alone: no weights)" in str(result)
+    told = {item["operations"][0]: item["has_weights"] for item in result.to_dict()["groups"]}
+    assert told["stem"] and not told["add"] and not told["avg_pool2d"]
+
+
 def test_saved_config_makes_the_same_codes(tuned: tuple[TuningResult, Path], tmp_path: Path) -> None:
     result, folder = tuned
     pipeline = fxquant.load_pipeline(folder / "chosen.toml")
@@ -125,6 +142,32 @@ def test_saved_files_hold_every_configuration_and_the_front(tuned: tuple[TuningR
     assert len(root.findall("{*}circle")) == len(result.trials)
     (chosen,) = [item for item in root.findall("{*}circle") if item.get("class") == "chosen"]
     assert result.chosen.name in "".join(chosen.itertext())
+
+
+def test_every_number_has_a_record_of_its_own(tuned: tuple[TuningResult, Path]) -> None:
+    result, folder = tuned
+    records = json.loads((folder / "trials.json").read_text())["records"]
+    for trial in result.trials:
+        assert records[f"configuration {','.join(trial.assignment)}"]["score"] == trial.score
+    found = {
+        f"damage {name}, group {index}": value
+        for index, row in enumerate(result.damages)
+        for name, value in row.items()
+    }
+    assert {key: records[key]["value"] for key in found} == found
+    assert len(records) == 1 + len(result.trials) + len(found)
+
+
+def test_score_that_equals_the_criterion_meets_it() -> None:
+    def evaluate(model: Any) -> float:
+        bits = {item.spec.bits for item in model.modules() if isinstance(item, FakeQuant)}
+        return 1.0 if not bits else 0.5 if 16 in bits else 0.0
+
+    data = batches()
+    result = tune_precision(pooled_net(), data[0], data, evaluate, criterion=0.5, evaluate_on="float", progress=False)
+    assert result.met and result.score == 0.5
+    assert sorted(result.chosen.assignment)[:2] == ["int16_activations", "int8_per_channel"]  # one, and all others
+    assert result.chosen.assignment.count("float") == 0
 
 
 def test_what_costs_nothing_is_not_widened_without_need() -> None:
@@ -312,10 +355,52 @@ def test_wrong_argument_is_refused(options: dict[str, Any], text: str) -> None:
         tune(**options)
 
 
-@pytest.mark.parametrize("given", [torch.zeros(1, 1, 8, 8), []])
-def test_wrong_batches_are_refused(given: Any) -> None:
-    with pytest.raises(ConfigError, match="tune_precision: batches"):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (torch.zeros(1, 1, 8, 8), "batches of passes; expected what can be iterated anew .*; got Tensor"),
+        (iter([]), "batches of passes; expected what can be iterated anew .*; got list_iterator"),
+        ([], "tune_precision: batches; expected at least one batch"),
+    ],
+)
+def test_wrong_batches_are_refused(given: Any, words: str) -> None:
+    with pytest.raises(FxquantError, match=words):
         tune_precision(wild_net(), example(), given, accuracy, criterion=Drop(0.1), progress=False)
+
+
+def test_configuration_without_a_finite_score_is_a_failed_trial() -> None:
+    def evaluate(model: Any) -> float:
+        found = accuracy(model)
+        return found if found > 0.9 else float("nan")  # a perplexity that overflows
+
+    result = tune(evaluate, evaluate_on="float", max_trials=8)
+    failed = [trial for trial in result.trials if trial.score is None]
+    assert result.met and any("expected a finite number; got nan" in trial.reason for trial in failed)
+
+
+class Lazy:
+    """Batches that are made when they are asked for; counts how many are alive at once, beyond one."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.most = 0
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        for index in range(self.count):
+            batch = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(index))
+            alive.add(batch)
+            self.most = max(self.most, len(alive))
+            yield batch
+            del batch
+
+
+def test_batches_are_made_anew_and_not_held() -> None:
+    lazy = Lazy(12)
+    result = tune_precision(
+        wild_net(), example(), lazy, accuracy, criterion=-1.0, evaluate_on="float", max_trials=1, progress=False
+    )
+    assert result.met and lazy.most <= 4  # those of sensitivity, and one in work
 
 
 def test_score_that_is_no_number_is_refused() -> None:

@@ -304,6 +304,17 @@ def test_ladders_fall_in_cost_and_rise_in_damage(numbers: list[list[tuple[int, i
         assert all(one.cost > other.cost and one.damage <= other.damage for one, other in itertools.pairwise(options))
         corners = hull(options)
         assert corners[0] == options[0] and corners[-1] == options[-1]
+        slopes = [(two.damage - one.damage) / (one.cost - two.cost) for one, two in itertools.pairwise(corners)]
+        assert slopes == sorted(slopes)
+        for one, two in itertools.pairwise(corners):  # no option lies below the line between two corners
+            share = [(one.cost - item.cost) / (one.cost - two.cost) for item in options]
+            line = [one.damage + part * (two.damage - one.damage) for part in share]
+            inside = [0 <= part <= 1 for part in share]
+            assert all(
+                item.damage >= height - 1e-9
+                for item, height, within in zip(options, line, inside, strict=True)
+                if within
+            )
     prices = [step.price for step in steps(ladders_of(numbers))]
     assert prices == sorted(prices)
 
@@ -329,6 +340,15 @@ def test_search_ends_where_no_single_move_is_left(numbers: list[list[tuple[int, 
             other = (*best[:group], option.candidate, *best[group + 1 :])
             other_cost, damage = total(ladders, other)
             assert other_cost >= cost or damage > allowed
+
+
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_bisection_finds_the_longest_prefix_that_meets_the_criterion(count: int, allowed: int) -> None:
+    ladders = ladders_of([[(5, 1)]] * count)
+    search = Search(
+        ladders, lambda assignment: Outcome(assignment.count("c0") <= allowed, total(ladders, assignment)[0])
+    )
+    assert search._bisect() == search.prefix(min(count, allowed))
 
 
 def test_search_is_cheap_where_everything_may_be_cheapest() -> None:
