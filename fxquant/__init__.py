@@ -30,9 +30,9 @@ from fxquant.tuning.auto_quant import auto_quantize
 from fxquant.tuning.auto_quant_result import AutoQuantResult
 from fxquant.tuning.auto_quant_steps import AddedPass, Combination, Step, default_steps
 from fxquant.tuning.candidates import Candidate
-from fxquant.tuning.criterion import Drop
 from fxquant.tuning.mixed_precision import tune_precision
 from fxquant.tuning.result import TuningResult
+from fxquant.tuning.target import Drop
 
 __version__ = version("fxquant")
 

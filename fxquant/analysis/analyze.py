@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fxquant.analysis.noise import sqnr_db
+from fxquant.analysis.noise import outputs_sqnr_db
 from fxquant.analysis.report import AnalysisReport, Score, UnitRow
 from fxquant.analysis.scores import FLOAT, Scores
 from fxquant.analysis.sweep import ACTIVATIONS, ALL, WEIGHTS, Sweep, alone, digest_of, without
@@ -28,6 +28,7 @@ from fxquant.training.seeding import plain_seed
 from fxquant.trials import TrialLog
 
 TRIALS = "analysis_trials.json"
+_RECORDS = "each output by itself"  # what a record holds; earlier ones had all outputs' energies in one sum
 _SAVE_SECONDS = 2.0  # a run that is killed loses at most so much work
 
 
@@ -56,7 +57,7 @@ def analyze(
     Arguments:
         batches: of inputs, each like the model's arguments; iterated once.
         evaluate: takes what is called like the model and gives a score, the higher the better; damage is then measured
-            by it, and else by the noise of the outputs.
+            by it, and else by the noise of the outputs, of each relative to its own energy, averaged.
         folder: where finished runs are kept (analysis_trials.json), so that an analysis that was killed goes on.
         resume, overwrite: go on with what is in the folder, or remove it; without either it is refused.
         max_batches: use no more than so many.
@@ -99,7 +100,7 @@ def _require(program: Program, batches: Iterable[Batch], max_batches: int | None
 def _recipe(program: Program, evaluate: Evaluate | None, seed: int) -> dict[str, Any]:
     """What the records of a run depend on, besides the batches, which are checked one by one."""
     evaluated = None if evaluate is None else name_of(evaluate)
-    return {"program": program.fingerprint(), "evaluate": evaluated, "seed": seed}
+    return {"records": _RECORDS, "program": program.fingerprint(), "evaluate": evaluated, "seed": seed}
 
 
 def _sweep_of(program: Program) -> Sweep:
@@ -165,7 +166,7 @@ def _report(program: Program, sweep: Sweep, totals: Totals, scores: Scores) -> A
     def score(name: str) -> Score:
         noise = totals.sum.runs[name]
         agreement = noise.agreeing / rows if rows else None
-        return Score(sqnr_db(totals.sum.signal, noise.energy), agreement, scores.of(name))
+        return Score(outputs_sqnr_db(totals.sum.signals, noise.energies), agreement, scores.of(name))
 
     whole = {name: score(name) for name in (ALL, WEIGHTS, ACTIVATIONS)}
     float_score = Score(float("inf"), 1.0 if rows else None, scores.of(FLOAT))

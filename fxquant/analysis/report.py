@@ -5,7 +5,7 @@ The damage of a layer is measured from both ends. Where a user's `evaluate` give
     alone     float score - score with only this layer quantized
     without   score with all but this layer quantized - score with all quantized
 
-Otherwise by the energy of the error of the outputs (noise), as a share of that with all layers quantized:
+Otherwise by the noise of the outputs (noise.py), as a share of that with all layers quantized:
 
     alone     noise with only this layer quantized / noise with all quantized
     without   1 - noise with all but this layer quantized / noise with all quantized
@@ -36,7 +36,7 @@ class Score:
     """How close to the float program one choice of quantizers is.
 
     Arguments:
-        sqnr_db: of the outputs; inf where nothing differs.
+        sqnr_db: of the outputs (noise.py); inf where nothing differs.
         agreement: fraction of samples whose largest output is the float program's; None where outputs are no classes.
         evaluated: what the user's `evaluate` says; None without one.
     """
@@ -47,7 +47,7 @@ class Score:
 
     @property
     def noise(self) -> float:
-        """Energy of the error over that of the reference."""
+        """Energy of the error over that of the reference, the mean of all outputs."""
         return math.inf if self.sqnr_db == -math.inf else 10.0 ** (-self.sqnr_db / 10)
 
 

@@ -43,27 +43,32 @@ class BatchResult:
     Arguments:
         digest: of the batch's tensors.
         samples: rows of its first tensor.
-        signal: energy of the float outputs.
+        signals: energy of each float output.
         rows: that agreement is counted on.
         runs: noise by name of the run.
     """
 
     digest: str
     samples: int
-    signal: float = 0.0
+    signals: tuple[float, ...] = ()
     rows: int = 0
     runs: Mapping[str, Noise] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
-        runs = {name: [noise.energy, noise.agreeing] for name, noise in self.runs.items()}
-        return {"digest": self.digest, "samples": self.samples, "signal": self.signal, "rows": self.rows, "runs": runs}
+        return {
+            "digest": self.digest,
+            "samples": self.samples,
+            "signals": list(self.signals),
+            "rows": self.rows,
+            "runs": {name: [list(noise.energies), noise.agreeing] for name, noise in self.runs.items()},
+        }
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> BatchResult:
         """What `to_dict` wrote."""
-        runs = {name: Noise(*pair) for name, pair in record["runs"].items()}
-        return cls(record["digest"], record["samples"], record["signal"], record["rows"], runs)
+        runs = {name: Noise(tuple(energies), agreeing) for name, (energies, agreeing) in record["runs"].items()}
+        return cls(record["digest"], record["samples"], tuple(record["signals"]), record["rows"], runs)
 
 
 class Sweep:
@@ -90,7 +95,7 @@ class Sweep:
         begin: Values = {node: given[node.name] for node in self.program.graph.nodes if node.op == "placeholder"}
         with torch.no_grad():
             reference = Reference(self.route.outputs_from(0, begin, ()), index)
-            result = replace(result, signal=reference.energy, rows=reference.rows)
+            result = replace(result, signals=reference.energies, rows=reference.rows)
             for name, on in self.groups().items():
                 result = self._measured(result, name, reference, 0, begin, on)
                 yield result

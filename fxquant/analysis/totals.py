@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fxquant.analysis.noise import Noise
+from fxquant.analysis.noise import Noise, added
 from fxquant.analysis.sweep import BatchResult
 from fxquant.errors import FxquantError
 from fxquant.trials import TrialLog
@@ -70,5 +70,5 @@ class Totals:
 
 def _added(total: BatchResult, result: BatchResult) -> BatchResult:
     runs = {name: total.runs.get(name, Noise()) + noise for name, noise in result.runs.items()}
-    samples, signal, rows = total.samples + result.samples, total.signal + result.signal, total.rows + result.rows
-    return BatchResult("", samples, signal, rows, runs)
+    signals = added(total.signals, result.signals)
+    return BatchResult("", total.samples + result.samples, signals, total.rows + result.rows, runs)

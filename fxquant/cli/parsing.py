@@ -32,7 +32,11 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--batch-size", type=positive, default=8, help="samples in a batch cut from files (default: %(default)s)"
     )
-    parser.add_argument("--max-batches", type=positive, help="use no more than so many batches")
+    parser.add_argument(
+        "--max-batches",
+        type=positive,
+        help="use no more than so many batches; where they are read more than once, they are held in memory",
+    )
 
 
 def add_config(parser: argparse.ArgumentParser, purpose: str = "") -> None:

@@ -16,7 +16,7 @@ from fxquant.evaluation import EVALUATED_ON
 from fxquant.files import made_folder
 from fxquant.lowering.lower import check_opset
 from fxquant.sim import file_names
-from fxquant.tuning.criterion import Drop
+from fxquant.tuning.target import Drop
 
 SEARCH = "search"  # the folder within --out that --resume goes on from
 

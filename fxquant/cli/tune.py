@@ -1,4 +1,4 @@
-"""`fxquant tune`: find the configuration of mixed precision that meets an accuracy criterion at the least cost."""
+"""`fxquant tune`: find the configuration of mixed precision that reaches a target accuracy at the least cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(subparsers: Subparsers[argparse.ArgumentParser]) -> None:
     parser = add_command(
         subparsers,
         "tune",
-        "find the mixed precision that meets an accuracy criterion at the least cost",
+        "find the mixed precision that reaches a target accuracy at the least cost",
         "  fxquant tune mypackage.models:make_net --data images.npy --evaluate mypackage.scores:top1 \\\n"
         "      --drop 1% --out out\n"
         "  fxquant tune ./model.py:make_net --data images/ --evaluate ./model.py:top1 --target 0.71 --out out "
@@ -68,15 +68,15 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 
 def tune(options: argparse.Namespace) -> int:
-    """`fxquant tune`: 0 if the criterion is met; 1 if not, and the best model is written all the same."""
+    """`fxquant tune`: 0 if the target is reached; 1 if not, and the best model is written all the same."""
     result = run_search(
         options,
         tune_precision,
         (REPORT, PLOT),
-        criterion=goal_of(options),
+        target=goal_of(options),
         candidates=options.candidates,
         cost=options.cost,
         sensitivity_batches=options.sensitivity_batches,
         max_trials=options.max_trials,
     )
-    return 0 if result.met else 1
+    return 0 if result.reached else 1

@@ -29,7 +29,7 @@ from fxquant.tuning.auto_quant_files import AutoQuantFiles
 from fxquant.tuning.auto_quant_result import AutoQuantResult, Trial
 from fxquant.tuning.auto_quant_search import FLOAT, THING, Measure, Search
 from fxquant.tuning.auto_quant_steps import Step, default_steps
-from fxquant.tuning.criterion import Drop, check_target
+from fxquant.tuning.target import Drop, check_target
 
 
 def auto_quantize(

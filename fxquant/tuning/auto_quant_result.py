@@ -16,8 +16,8 @@ from fxquant.errors import clipped
 from fxquant.files import together, write_text
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
-from fxquant.tuning.criterion import Drop
 from fxquant.tuning.output import text_of, write_model
+from fxquant.tuning.target import Drop, outcome_text, plain_target
 
 WIDTH, REASON = 140, 90  # characters of the table's lines, and of a reason in it
 
@@ -129,7 +129,7 @@ class AutoQuantResult:
         """Scores, target, outcome and trials as plain values, for JSON."""
         return {
             "float_score": self.float_score,
-            "target": asdict(self.target) if isinstance(self.target, Drop) else self.target,
+            "target": plain_target(self.target),
             "threshold": self.threshold,
             "score": self.score,
             "reached": self.reached,
@@ -141,9 +141,8 @@ class AutoQuantResult:
 
     def _outcome(self) -> str:
         makers = " + ".join(self.made_by) or "the config as it is"
-        verb = "reached" if self.reached else "NOT reached"
-        asked = f"{self.target}: {self.threshold:.6g}" if isinstance(self.target, Drop) else f"{self.threshold:.6g}"
-        lines = [f"target ({asked}) {verb}: {self.score:.6g} by {makers}; float {self.float_score:.6g}"]
+        outcome = outcome_text(self.target, self.threshold, self.score)
+        lines = [f"{outcome} by {makers}; float {self.float_score:.6g}"]
         if not self.reached and self.threshold > self.float_score:
             lines.append("the target lies above the float model's own score")
         if self.untried:

@@ -19,7 +19,7 @@ from fxquant.trials import TrialLog
 from fxquant.tuning.auto_quant_files import AutoQuantFiles
 from fxquant.tuning.auto_quant_result import AutoQuantResult, Trial, Verdict
 from fxquant.tuning.auto_quant_steps import Step, still_in_force
-from fxquant.tuning.criterion import Drop, threshold_of
+from fxquant.tuning.target import Drop, threshold_of
 
 THING = "auto_quantize"
 FLOAT = "float"  # the record of the float model's score

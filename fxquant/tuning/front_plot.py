@@ -71,7 +71,7 @@ def front_plot(points: Sequence[PlottedPoint], front: Collection[str], chosen: s
         points: all that were evaluated.
         front: names of those on the front.
         chosen: the name of the one that was chosen.
-        threshold: the score that the criterion asks for, drawn as a line.
+        threshold: the score that is to be reached, drawn as a line.
         cost: the name of the horizontal axis.
     """
     across = _Scale.around([point.cost for point in points], LEFT, WIDTH - RIGHT)
@@ -84,7 +84,7 @@ def front_plot(points: Sequence[PlottedPoint], front: Collection[str], chosen: s
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         *_axes(across, up, cost),
         f'<line class="limit" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(threshold):.1f}" y2="{up(threshold):.1f}"/>',
-        f'<text x="{WIDTH - RIGHT}" y="{up(threshold) - 5:.1f}" text-anchor="end">criterion {threshold:.6g}</text>',
+        f'<text x="{WIDTH - RIGHT}" y="{up(threshold) - 5:.1f}" text-anchor="end">target {threshold:.6g}</text>',
         f'<polyline class="line" points="{path}"/>',
         *(_mark(point, across, up, front, chosen) for point in points),
         "</svg>",

@@ -1,11 +1,11 @@
-"""Accuracy-driven tuning: the configuration of mixed precision that meets a criterion at the least cost.
+"""Accuracy-driven tuning: the configuration of mixed precision that reaches a target at the least cost.
 
-The idea of tuning by an accuracy criterion is that of Intel's LPOT (Neural Compressor), that of sensitivity and
+The idea of tuning by a target accuracy is that of Intel's LPOT (Neural Compressor), that of sensitivity and
 bit-operations AIMET's automatic mixed precision. Three phases:
 
     1. Sensitivity: each group's candidates alone, by the damage to the output on a few batches (sensitivity.py).
     2. Search: bisection along the order of damage for each unit of cost saved, then improvement (search.py).
-    3. The choice: of all configurations that were evaluated and meet the criterion, the cheapest; of equal costs that
+    3. The choice: of all configurations that were evaluated and reach the target, the cheapest; of equal costs that
        with the fewest activation bits, so that nothing is widened without need.
 """
 
@@ -32,9 +32,9 @@ from fxquant.training.seeding import plain_seed
 from fxquant.trials import TrialLog
 from fxquant.tuning.candidates import BASELINES, CANDIDATES, DEFAULT_CANDIDATES, Candidate, chosen_candidates
 from fxquant.tuning.configurations import Space
-from fxquant.tuning.criterion import Drop, check_target
 from fxquant.tuning.probe import THING, Setting
 from fxquant.tuning.result import Cost, TriedConfiguration, TuningResult
+from fxquant.tuning.target import Drop, check_target
 from fxquant.tuning.tuner import Tuner
 
 LOG, CHOSEN = "trials.json", "chosen.toml"
@@ -46,7 +46,7 @@ def tune_precision(
     batches: Iterable[Batch],
     evaluate: Evaluate,
     *,
-    criterion: float | Drop,
+    target: float | Drop,
     candidates: Iterable[str | Candidate] = DEFAULT_CANDIDATES,
     cost: Literal["bit-ops", "latency"] = "bit-ops",
     config: str | os.PathLike[str] | Pipeline = "int8_per_channel",
@@ -60,9 +60,9 @@ def tune_precision(
     report: Callable[[TriedConfiguration], None] | None = None,
     progress: bool = True,
 ) -> TuningResult:
-    """Find the configuration of mixed precision that meets a criterion at the least cost.
+    """Find the configuration of mixed precision that reaches a target at the least cost.
 
-        result = tune_precision(net, images[:1], batches, accuracy, criterion=Drop(0.01, relative=True))
+        result = tune_precision(net, images[:1], batches, accuracy, target=Drop(0.01, relative=True))
         print(result)
         result.export("out")
 
@@ -72,7 +72,7 @@ def tune_precision(
             `sensitivity_batches` of them are held at a time.
         evaluate: takes a callable like the model and gives a score, the higher the better; called once for the float
             model (in torch) and once for each configuration. A run is resumed with that of the same name alone.
-        criterion: a score, or Drop(amount, relative=...) against the float model's.
+        target: a score, or Drop(amount, relative=...) against the float model's.
         candidates: what an operation may be: names of fxquant.tuning.candidates.CANDIDATES, or Candidates. Float is
             always among them.
         cost: "bit-ops" (fxquant.tuning.costs), or the "latency" of the whole model in onnxruntime on the example
@@ -82,7 +82,7 @@ def tune_precision(
         max_trials: the most configurations that are evaluated, baselines aside: uniform ones to compare with, which
             are never chosen where they have candidates that were not asked for.
         folder: gets trials.json, and at the end chosen.toml, tuning.json and front.svg.
-        resume: go on with the folder's run, if it has one: no configuration is evaluated twice. The criterion and
+        resume: go on with the folder's run, if it has one: no configuration is evaluated twice. Target and
             max_trials may have changed since.
         overwrite: remove the folder's earlier run.
         seed: of every generator, before each evaluation.
@@ -90,13 +90,12 @@ def tune_precision(
         progress: show progress bars when standard error is a terminal.
 
     A configuration that the pipeline refuses, or that has no finite score, is recorded as failed, and the search goes
-    on. If none meets the criterion
-    the result says so (`met`), and is the one with the best score.
+    on. If none reaches the target the result says so (`reached`), and is the one with the best score.
 
     Raises ConfigError for wrong arguments and for a model in which nothing can be tuned, StorageError for a folder that
     holds another run, FxquantError if the float model has no finite score, or no configuration has one.
     """
-    check_target(criterion, THING)
+    check_target(target, THING)
     require_evaluated_on(evaluate_on, THING)
     kind = _cost_kind(cost)
     for name, count in (("sensitivity_batches", sensitivity_batches), ("max_trials", max_trials)):
@@ -125,7 +124,7 @@ def tune_precision(
     space = Space(captured, start, tuple(known.values()), batches)
     setting = Setting(captured, space, batches, evaluate, evaluate_on, kind, example_inputs, seed, progress)
     tuner = Tuner(setting, log, max_trials, report)
-    result = tuner.run(wanted, criterion, measured)
+    result = tuner.run(wanted, target, measured)
     if place is not None:
         write_text(place / CHOSEN, result.pipeline.to_toml())
         result.save(place)

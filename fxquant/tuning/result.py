@@ -17,11 +17,11 @@ from fxquant.files import together, write_text
 from fxquant.graph.pipeline import Pipeline
 from fxquant.graph.program import Program
 from fxquant.tuning.configurations import Assignment, LeftOut
-from fxquant.tuning.criterion import Drop
 from fxquant.tuning.front_plot import front_plot
 from fxquant.tuning.groups import Group
 from fxquant.tuning.output import text_of, write_model
 from fxquant.tuning.pareto import pareto_front
+from fxquant.tuning.target import Drop, outcome_text, plain_target
 
 PLOT, REPORT = "front.svg", "tuning.json"
 WIDTH = 132
@@ -102,15 +102,15 @@ def points_of(trials: Iterable[TriedConfiguration], *, baselines: bool = False) 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The configuration that meets the criterion at the least cost, of equal costs that with the fewest activation
-    bits; where none meets it, the one with the best score.
+    """The configuration that reaches the target at the least cost, of equal costs that with the fewest activation
+    bits; where none reaches it, the one with the best score.
 
     Arguments:
         program: calibrated; train it, or `export` it.
         pipeline: what made it of the captured model, on the same batches; `to_toml` writes it.
         chosen: its trial.
         float_score: of the float model, in torch.
-        criterion: as it was asked for, and `threshold` the score that this means.
+        target: as it was asked for, and `threshold` the score that this means.
         cost_kind: what `cost` is.
         trials: every configuration that was evaluated, in order.
         groups: of operations, whose precision was chosen together.
@@ -123,7 +123,7 @@ class TuningResult:
     pipeline: Pipeline
     chosen: TriedConfiguration
     float_score: float
-    criterion: float | Drop
+    target: float | Drop
     threshold: float
     cost_kind: Cost
     trials: tuple[TriedConfiguration, ...]
@@ -145,8 +145,8 @@ class TuningResult:
         return self.chosen.cost
 
     @property
-    def met(self) -> bool:
-        """Whether the chosen configuration meets the criterion."""
+    def reached(self) -> bool:
+        """Whether the chosen configuration reaches the target."""
         return self.score >= self.threshold
 
     @property
@@ -194,12 +194,12 @@ class TuningResult:
         """Everything as plain values, for JSON."""
         front = {trial.name for trial in self.front}
         return {
-            "met": self.met,
+            "reached": self.reached,
             "score": self.score,
             "cost": self.cost,
             "cost_kind": self.cost_kind.value,
             "float_score": self.float_score,
-            "criterion": asdict(self.criterion) if isinstance(self.criterion, Drop) else self.criterion,
+            "target": plain_target(self.target),
             "threshold": self.threshold,
             "is_complete": self.is_complete,
             "chosen": self.chosen.name,
@@ -227,7 +227,7 @@ class TuningResult:
         table = Table("configuration", "groups", show_edge=False, pad_edge=False)
         for heading in ("score", "to float", self.cost_kind.value, "to float's"):
             table.add_column(heading, justify="right")
-        for heading in ("criterion", "front", ""):
+        for heading in ("target", "front", ""):
             table.add_column(heading)
         front = {trial.name for trial in self.front}
         for trial in self.trials:
@@ -246,23 +246,19 @@ class TuningResult:
             f"{trial.score - self.float_score:+.4g}",
             self.cost_kind.text(trial.cost),
             share,
-            "met" if trial.score >= self.threshold else "missed",
+            "reached" if trial.score >= self.threshold else "missed",
             "front" if is_front else "",
             "<- chosen" if trial is self.chosen else "baseline" if trial.is_baseline else "",
         )
 
     def _outcome(self) -> list[str]:
-        asked = f"{self.criterion}, " if isinstance(self.criterion, Drop) else ""
-        verb = "met" if self.met else "NOT met"
-        cost = self.cost_kind.text(self.cost)
-        lines = [
-            f"criterion ({asked}score of at least {self.threshold:.6g}; float {self.float_score:.6g}) {verb}: "
-            f"'{self.chosen.name}' has {self.score:.6g} at {self.cost_kind.value} {cost}"
-        ]
+        outcome = outcome_text(self.target, self.threshold, self.score)
+        cost = f"{self.cost_kind.value} {self.cost_kind.text(self.cost)}"
+        lines = [f"{outcome} by '{self.chosen.name}' at {cost}; float {self.float_score:.6g}"]
         reference = self.trial("float")
-        if not self.met and reference is not None and (reference.score is None or reference.score < self.threshold):
+        if not self.reached and reference is not None and (reference.score is None or reference.score < self.threshold):
             found = "failed" if reference.score is None else f"scored {reference.score:.6g}"
-            lines.append(f"not even the model with all groups in float, run in the same way, meets it: it {found}")
+            lines.append(f"not even the model with all groups in float, run in the same way, reaches it: it {found}")
         if not self.is_complete:
             spent = sum(not trial.is_baseline for trial in self.trials)
             lines.append(f"the search ended at its budget of {spent} configurations; max_trials raises it")

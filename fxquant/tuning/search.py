@@ -1,10 +1,10 @@
-"""The search for the cheapest configuration that meets a criterion, over ladders of options for each group.
+"""The search for the cheapest configuration that reaches a target, over ladders of options for each group.
 
 The order is that of the greedy algorithm for the multiple-choice knapsack problem (Sinha and Zoltners, "The
 Multiple-Choice Knapsack Problem", Operations Research 27, 1979): each group's options are reduced to the lower convex
 hull of damage over cost, and its steps are taken, over all groups, by rising damage for each unit of cost saved.
 
-    1. Bisection along that order: the longest prefix of steps that meets the criterion.
+    1. Bisection along that order: the longest prefix of steps that reaches the target.
     2. Moves to a cheaper option, many at once: a set that fails is halved, and a single one that fails is left. Rounds
        go on while one is accepted, as what was wrong beside one neighbour may be right beside another.
 
@@ -42,7 +42,7 @@ class Step:
 class Outcome:
     """What an assignment was found to be; of equal costs the one with fewer activation bits is the cheaper."""
 
-    met: bool
+    reached: bool
     cost: float
     activation_bits: int = 0
 
@@ -127,19 +127,19 @@ class Search:
         return self._known[assignment]
 
     def _bisect(self) -> Assignment | None:
-        """The assignment of the longest prefix that meets the criterion, as far as bisection finds it."""
-        met, missed = 0, len(self.steps)
-        if self._outcome(self.prefix(missed)).met:
+        """The assignment of the longest prefix that reaches the target, as far as bisection finds it."""
+        enough, missed = 0, len(self.steps)
+        if self._outcome(self.prefix(missed)).reached:
             return self.prefix(missed)
-        if not self._outcome(self.prefix(met)).met:
+        if not self._outcome(self.prefix(enough)).reached:
             return None
-        while missed - met > 1:
-            middle = (met + missed) // 2
-            if self._outcome(self.prefix(middle)).met:
-                met = middle
+        while missed - enough > 1:
+            middle = (enough + missed) // 2
+            if self._outcome(self.prefix(middle)).reached:
+                enough = middle
             else:
                 missed = middle
-        return self.prefix(met)
+        return self.prefix(enough)
 
     def _improve(self, current: Assignment) -> None:
         while True:
@@ -155,18 +155,18 @@ class Search:
             place = [option.candidate for option in options].index(current[group])
             for option in options[place + 1 :]:
                 known = self._known.get(_moved(current, [Step(group, option.candidate, 0.0)]))
-                if known is None or known.met:
+                if known is None or known.reached:
                     found.append(Step(group, option.candidate, _price(options[place], option)))
                     break
         return sorted(found, key=lambda step: step.price)
 
     def _accepted(self, current: Assignment, moves: Sequence[Step]) -> Assignment:
-        """`current` with as many of the moves as keep to the criterion, found by halving."""
+        """`current` with as many of the moves as keep to the target, found by halving."""
         if not moves:
             return current
         wanted = _moved(current, moves)
         outcome = self._outcome(wanted)
-        if outcome.met and self._is_no_dearer(outcome, self._outcome(current)):
+        if outcome.reached and self._is_no_dearer(outcome, self._outcome(current)):
             return wanted
         if len(moves) == 1:
             return current

@@ -20,11 +20,11 @@ from fxquant.trials import TrialLog
 from fxquant.tuning.candidates import BASELINES, CANDIDATES, FLOAT, Candidate
 from fxquant.tuning.configurations import Assignment
 from fxquant.tuning.costs import Latency, Sizes, bit_ops, latency, macs
-from fxquant.tuning.criterion import Drop, threshold_of
 from fxquant.tuning.pareto import expense
 from fxquant.tuning.probe import THING, Probe, Setting
 from fxquant.tuning.result import Cost, TriedConfiguration, TuningResult, points_of
 from fxquant.tuning.search import BudgetSpent, Ladder, Option, Outcome, Search, ladder
+from fxquant.tuning.target import Drop, threshold_of
 
 FLOAT_SCORE = "float score"
 LATENCY_NOISE = 0.02
@@ -45,7 +45,7 @@ class Tuner:
     counts: dict[str, int] = field(default_factory=dict)
     reference: Path | None = None  # the float configuration's file, for latency
 
-    def run(self, wanted: Sequence[Candidate], criterion: float | Drop, batches: Sequence[Batch]) -> TuningResult:
+    def run(self, wanted: Sequence[Candidate], target: float | Drop, batches: Sequence[Batch]) -> TuningResult:
         """All three phases."""
         setting, space = self.setting, self.setting.space
         self.allowed = frozenset((FLOAT, *(item.name for item in wanted)))
@@ -53,7 +53,7 @@ class Tuner:
             remedy = "print(program.coverage()) says why each value stays in float."
             raise ConfigError(THING, expected="operations that the config quantizes", got="none", remedy=remedy)
         float_score = self._kept(FLOAT_SCORE, lambda: setting.score(setting.captured, "float", "the float model"))
-        self.threshold = threshold_of(criterion, float_score)
+        self.threshold = threshold_of(target, float_score)
         self.counts = macs(space.base, Sizes.of(space.base, setting.example))
         is_complete, damages = True, tuple({FLOAT: 0.0} for _ in space.groups)
         with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
@@ -68,10 +68,10 @@ class Tuner:
                 is_complete = not search.is_spent
             except BudgetSpent:
                 is_complete = False
-        return self._result(criterion, float_score, damages, is_complete)
+        return self._result(target, float_score, damages, is_complete)
 
     def _result(
-        self, criterion: float | Drop, float_score: float, damages: tuple[dict[str, float], ...], is_complete: bool
+        self, target: float | Drop, float_score: float, damages: tuple[dict[str, float], ...], is_complete: bool
     ) -> TuningResult:
         setting, trials = self.setting, tuple(self.trials.values())
         chosen = self._choice(trials)
@@ -81,7 +81,7 @@ class Tuner:
             pipeline,
             chosen,
             float_score,
-            criterion,
+            target,
             self.threshold,
             setting.cost,
             trials,
@@ -92,7 +92,7 @@ class Tuner:
         )
 
     def _choice(self, trials: Sequence[TriedConfiguration]) -> TriedConfiguration:
-        """The cheapest that meets the criterion, of equal ones the narrower, then the more exact; else the best score.
+        """The cheapest that reaches the target, of equal ones the narrower, then the more exact; else the best score.
 
         So it is always on the Pareto front.
         """
@@ -100,9 +100,9 @@ class Tuner:
         if not found:
             reasons = "; ".join(dict.fromkeys(trial.reason for trial in trials))
             raise FxquantError(f"{THING}: no configuration could be evaluated", got=reasons)
-        met = [point for point in found if point.score >= self.threshold]
-        if met:
-            return min(met, key=lambda point: (expense(point), -point.score)).trial
+        reached = [point for point in found if point.score >= self.threshold]
+        if reached:
+            return min(reached, key=lambda point: (expense(point), -point.score)).trial
         return min(found, key=lambda point: (-point.score, expense(point))).trial
 
     def _kept(self, key: str, make: Callable[[], float]) -> float:

@@ -12,7 +12,7 @@ import torch
 import fxquant
 from fxquant.analysis import AnalysisReport, Score, UnitRow, ValueRow, analyze
 from fxquant.analysis.report import HistogramRow
-from fxquant.graph.pipeline import parse_pipeline
+from fxquant.graph.pipeline import Pipeline, parse_pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import FakeQuant, Mode
 from tests import preset_nets
@@ -25,16 +25,18 @@ def packaged_text(preset: str) -> str:
     return resources.files("fxquant.configs").joinpath(f"{preset}.toml").read_text()
 
 
-def prepared(name: str, *rules: str, preset: str = "int8_per_channel") -> Program:
-    """A small net prepared by a packaged pipeline with placement rules."""
+def with_rules(*rules: str, preset: str = "int8_per_channel") -> Pipeline:
+    """A packaged pipeline with placement rules."""
     text = packaged_text(preset)
     marker = '[[prepare]]\npass = "assign-specs"\n'
     assert marker in text
-    pipeline = parse_pipeline(
-        text.replace(marker, f"{marker}rules = [{', '.join(rules)}]\n"), name="test", place="test"
-    )
+    return parse_pipeline(text.replace(marker, f"{marker}rules = [{', '.join(rules)}]\n"), name="test", place="test")
+
+
+def prepared(name: str, *rules: str, preset: str = "int8_per_channel") -> Program:
+    """A small net prepared by a packaged pipeline with placement rules."""
     program = fxquant.capture(preset_nets.net(name), preset_nets.batches(name)[0])
-    pipeline.prepare(program)
+    with_rules(*rules, preset=preset).prepare(program)
     return program
 
 

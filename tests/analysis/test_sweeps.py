@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fxquant.analysis import AnalysisReport, analyze
 from fxquant.analysis import sweep as sweeping
+from fxquant.analysis.analyze import TRIALS
 from fxquant.analysis.units import Unit, units_of
+from fxquant.capture import capture
+from fxquant.errors import StorageError
+from fxquant.evaluation import quantized
 from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import Mode
 from tests import preset_nets
-from tests.analysis.cases import NETS, calibrated, db, outputs, report_of
+from tests.analysis.cases import NETS, calibrated, db, outputs, report_of, with_rules
 
 
 def energy(reference: list[torch.Tensor], found: list[torch.Tensor]) -> float:
@@ -100,6 +107,66 @@ def test_a_layer_of_two_bits_comes_first_in_both_sweeps(layer: str) -> None:
     assert report.by_damage[0].bits == "w2 a8"
     worst = min((row for row in report.values if row.kind == "weight"), key=lambda row: row.local_sqnr_db)
     assert worst.unit == layer
+
+
+class _Detector(nn.Module):
+    """A trunk, and two heads; what the first gives is `factor` times as large."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.features, self.boxes = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        with torch.no_grad():
+            for parameter in self.features.parameters():
+                parameter *= factor
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.relu(self.trunk(x))
+        return self.features(x), self.boxes(x)
+
+
+def _ratios(program: Program, batches: list[torch.Tensor]) -> list[float]:
+    """Noise over signal of each output."""
+    program.module.eval()
+    with torch.no_grad():
+        quantized = [program.module(batch) for batch in batches]
+        with program.quantizers(weights=False, activations=False):
+            real = [program.module(batch) for batch in batches]
+    found = []
+    for place in range(len(real[0])):
+        noise = sum(float(((y[place] - x[place]) ** 2).sum()) for x, y in zip(real, quantized, strict=True))
+        found.append(noise / sum(float((x[place] ** 2).sum()) for x in real))
+    return found
+
+
+def test_each_output_counts_by_its_own_energy(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    batches = [torch.randn(4, 3, 8, 8), torch.randn(3, 3, 8, 8)]
+    pipeline = with_rules('{ node = "boxes", weight = { bits = 2 } }')
+    reports = []
+    for factor in (1.0, 1024.0):
+        program = quantized(capture(_Detector(factor).eval(), batches[0]), pipeline, batches)
+        report = analyze(program, batches, folder=tmp_path / str(factor))
+        assert report.by_damage[0].name == "boxes" and report.suggestions(1).count("boxes")
+        assert report.quantized.noise == pytest.approx(sum(_ratios(program, batches)) / 2, rel=1e-3)
+        assert report.quantized.agreement is None
+        assert analyze(program, batches, folder=tmp_path / str(factor), resume=True) == report
+        assert AnalysisReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+        reports.append(report)
+    for small, large in zip(*(report.units for report in reports), strict=True):
+        assert large.damage_alone == pytest.approx(small.damage_alone, rel=1e-3)
+        assert large.damage_without == pytest.approx(small.damage_without, rel=1e-3, abs=1e-6)
+
+
+def test_records_of_pooled_outputs_are_not_gone_on_with(tmp_path: Path) -> None:
+    batches = preset_nets.batches("plain")
+    analyze(calibrated("plain"), batches, folder=tmp_path)
+    path = tmp_path / TRIALS
+    content = json.loads(path.read_text())
+    del content["recipe"]["records"]  # as it was before outputs were told apart
+    path.write_text(json.dumps(content))
+    with pytest.raises(StorageError, match="another run: records; expected each output by itself; got None"):
+        analyze(calibrated("plain"), batches, folder=tmp_path, resume=True)
 
 
 def test_evaluate_ranks_by_its_score_and_is_asked_once_for_each_choice() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fxquant.cli.main import main
 from fxquant.cli.searching import drop, score
-from fxquant.tuning.criterion import Drop
+from fxquant.graph.storage import load_program
+from fxquant.tuning.target import Drop
 
 CODE = """
 import torch
@@ -83,7 +88,7 @@ def test_both_searches_speak_of_their_goal_in_the_same_words(capsys: pytest.Capt
     assert told[0] == told[1] and "--drop" in told[0]
 
 
-def test_files_are_written_and_the_criterion_is_met(
+def test_files_are_written_and_the_target_is_reached(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*arguments, "--drop", "5%"]) == 0
@@ -91,15 +96,37 @@ def test_files_are_written_and_the_criterion_is_met(
     assert {"model.onnx", "model.fxq", "model.toml", "tuning.json", "front.svg", "search"} <= names
     assert {path.name for path in (tmp_path / "out" / "search").iterdir()} >= {"trials.json", "chosen.toml"}
     text = capsys.readouterr().out
-    assert "criterion (a drop of 5 %" in text and "check it: fxquant parity" in text
+    assert "target (a drop of 5 %: " in text and "check it: fxquant parity" in text
     assert main([*arguments, "--drop", "5%"]) == 2  # a search is there
     assert "resume=True (--resume) continues that run" in capsys.readouterr().err
     others = [text.replace(":closeness", ":other") for text in arguments]
     assert main([*others, "--drop", "5%", "--resume"]) == 2
     assert "of another run: evaluate; expected" in capsys.readouterr().err
     assert main([*arguments, "--target", "2", "--resume"]) == 1  # no model is that good
-    assert "NOT met" in capsys.readouterr().out
+    assert "target (2) NOT reached: " in capsys.readouterr().out
     assert main(["parity", str(tmp_path / "out" / "model.onnx"), "--data", str(tmp_path / "x.npy")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cost", ["bit-ops", "latency"])
+def test_written_pipeline_makes_the_same_program_in_a_process_of_its_own(
+    cost: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = ["--candidates", "int8_per_channel,w4a8", "--drop", "0.0005", "--cost", cost]
+    assert main([*arguments, *mixed]) == 0
+    assert ("medians of runs in turns" in capsys.readouterr().out) is (cost == "latency")
+    content = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert content["reached"] and content["target"] == {"amount": 0.0005, "relative": False}
+    data, config, out = str(tmp_path / "x.npy"), str(tmp_path / "out" / "model.toml"), str(tmp_path / "again")
+    command = ["quantize", arguments[1], "--data", data, "--config", config, "--out", out]
+    subprocess.run([sys.executable, "-m", "fxquant", *command], check=True, capture_output=True)
+    x, codes = torch.from_numpy(np.load(data)), []
+    for folder in ("out", "again"):
+        program = load_program(tmp_path / folder / "model.fxq")
+        program.simulate = "exact"
+        with torch.no_grad():
+            codes.append((program.fingerprint(), program.module(x)))
+    assert codes[0][0] == codes[1][0] and torch.equal(codes[0][1], codes[1][1])
 
 
 def test_evaluate_without_a_return_leaves_nothing_behind(

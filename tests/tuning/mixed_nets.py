@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxquant.demo.digits import Digits, batches_of, load_digits, train
-from fxquant.tuning.criterion import Drop
+from fxquant.tuning.target import Drop
 
 KILL = "FXQUANT_TEST_KILL_AFTER"  # evaluations after which the process is killed
 RELATIVE = Drop(0.01, relative=True)
@@ -125,7 +125,7 @@ def search_in(folder: Path) -> None:
     from fxquant import tune_precision
 
     torch.set_num_threads(1)
-    tune_precision(wild_net(), example(), batches(), Counting(), criterion=RELATIVE, folder=folder, progress=False)
+    tune_precision(wild_net(), example(), batches(), Counting(), target=RELATIVE, folder=folder, progress=False)
 
 
 if __name__ == "__main__":

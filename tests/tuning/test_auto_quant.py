@@ -23,7 +23,7 @@ from fxquant.tuning.auto_quant import auto_quantize
 from fxquant.tuning.auto_quant_result import AutoQuantResult, Trial, Verdict
 from fxquant.tuning.auto_quant_search import Measure
 from fxquant.tuning.auto_quant_steps import AddedPass, Combination, Step, default_steps
-from fxquant.tuning.criterion import Drop
+from fxquant.tuning.target import Drop
 from tests.tuning.auto_quant_nets import (
     Scripted,
     accuracy,

@@ -332,8 +332,8 @@ def test_search_ends_where_no_single_move_is_left(numbers: list[list[tuple[int, 
     search = Search(ladders, try_out)
     search.run()
     assert len(asked) == len(set(asked)) and not search.is_spent
-    met = [assignment for assignment in asked if total(ladders, assignment)[1] <= allowed]
-    best = min(met, key=lambda assignment: total(ladders, assignment)[0])
+    reached = [assignment for assignment in asked if total(ladders, assignment)[1] <= allowed]
+    best = min(reached, key=lambda assignment: total(ladders, assignment)[0])
     cost, _ = total(ladders, best)
     for group, options in enumerate(ladders):
         for option in options:
@@ -343,7 +343,7 @@ def test_search_ends_where_no_single_move_is_left(numbers: list[list[tuple[int, 
 
 
 @given(st.integers(1, 9), st.integers(0, 9))
-def test_bisection_finds_the_longest_prefix_that_meets_the_criterion(count: int, allowed: int) -> None:
+def test_bisection_finds_the_longest_prefix_that_reaches_the_target(count: int, allowed: int) -> None:
     ladders = ladders_of([[(5, 1)]] * count)
     search = Search(
         ladders, lambda assignment: Outcome(assignment.count("c0") <= allowed, total(ladders, assignment)[0])
@@ -378,10 +378,10 @@ def test_neighbours_that_only_work_together_are_found() -> None:
         return found[assignment]
 
     Search(ladders, remembered).run()
-    assert min((outcome.cost, key) for key, outcome in found.items() if outcome.met)[1] == ("a8", "a16")
+    assert min((outcome.cost, key) for key, outcome in found.items() if outcome.reached)[1] == ("a8", "a16")
 
 
-def test_set_of_moves_that_misses_the_criterion_is_halved() -> None:
+def test_set_of_moves_that_misses_the_target_is_halved() -> None:
     """After the first group the second one's step is too much, and so is the fourth's; the third one's is not."""
     ladders = [ladder([Option("float", 50, 0), Option("cheap", 50 - saved, damage)]) for saved, damage in SAVED]
     found: dict[tuple[str, ...], Outcome] = {}
@@ -392,13 +392,13 @@ def test_set_of_moves_that_misses_the_criterion_is_halved() -> None:
         return found[assignment]
 
     Search(ladders, try_out).run()
-    assert found["cheap", "float", "cheap", "float"].met
+    assert found["cheap", "float", "cheap", "float"].reached
 
 
 SAVED = ((10, 5), (40, 30), (2, 2), (30, 31))  # cost saved and damage; prices 0.5, 0.75, 1 and 1.03
 
 
-def test_criterion_that_float_misses_ends_the_search() -> None:
+def test_target_that_float_misses_ends_the_search() -> None:
     ladders, asked = ladders_of([[(5, 1)]] * 4), []
 
     def try_out(assignment: tuple[str, ...]) -> Outcome:
@@ -444,8 +444,8 @@ def test_move_is_taken_if_it_is_cheaper_or_within_noise_and_no_wider(
 
     def try_out(assignment: tuple[str, ...]) -> Outcome:
         asked.append(assignment)
-        is_met = "w4" not in assignment or set(assignment) == {"a16", "w4"}
-        return Outcome(is_met, sum(map(costs.__getitem__, assignment)), sum(map(widths.__getitem__, assignment)))
+        is_reached = "w4" not in assignment or set(assignment) == {"a16", "w4"}
+        return Outcome(is_reached, sum(map(costs.__getitem__, assignment)), sum(map(widths.__getitem__, assignment)))
 
     Search(ladders, try_out, noise).run()
     assert (("w4", "a16") in asked) is is_taken

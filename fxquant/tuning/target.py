@@ -8,7 +8,8 @@ threshold = float score - amount |float score|   Drop(amount, relative=True)
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fxquant.errors import ConfigError
 
@@ -46,3 +47,14 @@ def threshold_of(target: float | Drop, float_score: float) -> float:
     if not isinstance(target, Drop):
         return float(target)
     return float_score - target.amount * (abs(float_score) if target.relative else 1.0)
+
+
+def plain_target(target: float | Drop) -> Any:
+    """The target as plain values, for JSON."""
+    return asdict(target) if isinstance(target, Drop) else target
+
+
+def outcome_text(target: float | Drop, threshold: float, score: float) -> str:
+    """Whether a score reaches a target, in words: "target (a drop of 1 %: 0.94) reached: 0.945"."""
+    asked = f"{target}: {threshold:.6g}" if isinstance(target, Drop) else f"{threshold:.6g}"
+    return f"target ({asked}) {'reached' if score >= threshold else 'NOT reached'}: {score:.6g}"
