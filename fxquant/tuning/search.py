@@ -7,6 +7,9 @@ hull of damage over cost, and its steps are taken, over all groups, by rising da
     1. Bisection along that order: the longest prefix of steps that reaches the target.
     2. Moves to a cheaper option, many at once: a set that fails is halved, and a single one that fails is left. Rounds
        go on while one is accepted, as what was wrong beside one neighbour may be right beside another.
+    3. Where no move is left: exchanges, one group cheaper and another dearer by less, those that are reckoned to do the
+       least damage first; behind one that is accepted, moves again. A few that fail end it: the optimum is likely, not
+       certain.
 
 Deterministic; `try_out` is asked for an assignment at most once.
 """
@@ -18,6 +21,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 Assignment = tuple[str, ...]
+EXCHANGES = 16  # that are tried from one assignment
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,15 @@ class Step:
     group: int
     candidate: str
     price: float
+
+
+@dataclass(frozen=True)
+class _Change:
+    """Another option of a group: the cost that it saves (below 0 it adds), and the damage that it adds."""
+
+    step: Step
+    saved: float
+    added: float
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,8 @@ class Search:
         while True:
             better = self._accepted(current, self._moves(current))
             if better == current:
+                better = self._exchanged(current)
+            if better == current:
                 return
             current = better
 
@@ -172,6 +187,36 @@ class Search:
             return current
         middle = len(moves) // 2
         return self._accepted(self._accepted(current, moves[:middle]), moves[middle:])
+
+    def _exchanged(self, current: Assignment) -> Assignment:
+        """`current` with the first exchange that reaches the target at less cost, noise aside; itself without one."""
+        most = self._outcome(current).cost * (1 - self.noise)
+        for wanted in self._exchanges(current)[:EXCHANGES]:
+            outcome = self._outcome(wanted)
+            if outcome.reached and outcome.cost < most:
+                return wanted
+        return current
+
+    def _exchanges(self, current: Assignment) -> list[Assignment]:
+        """A group cheaper, another dearer by less: by the damage that this is reckoned to add."""
+        changes = [change for group in range(len(current)) for change in self._changes(current, group)]
+        pairs = [
+            (down, up)
+            for down in changes
+            for up in changes
+            if down.saved > 0 > up.saved and down.step.group != up.step.group and down.saved + up.saved > 0
+        ]
+        pairs.sort(key=lambda pair: (pair[0].added + pair[1].added, -(pair[0].saved + pair[1].saved)))
+        return [_moved(current, [down.step, up.step]) for down, up in pairs]
+
+    def _changes(self, current: Assignment, group: int) -> list[_Change]:
+        options = self.ladders[group]
+        now = next(option for option in options if option.candidate == current[group])
+        return [
+            _Change(Step(group, option.candidate, 0.0), now.cost - option.cost, option.damage - now.damage)
+            for option in options
+            if option != now
+        ]
 
     def _is_no_dearer(self, found: Outcome, before: Outcome) -> bool:
         """Whether an outcome costs less, or as much but for noise without being wider."""

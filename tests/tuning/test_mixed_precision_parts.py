@@ -321,7 +321,9 @@ def test_ladders_fall_in_cost_and_rise_in_damage(numbers: list[list[tuple[int, i
 
 @settings(deadline=None)
 @given(LADDERS, st.integers(0, 100))
-def test_search_ends_where_no_single_move_is_left(numbers: list[list[tuple[int, int]]], allowed: int) -> None:
+def test_search_ends_where_no_move_of_one_or_two_groups_is_left(
+    numbers: list[list[tuple[int, int]]], allowed: int
+) -> None:
     ladders, asked = ladders_of(numbers), []
 
     def try_out(assignment: tuple[str, ...]) -> Outcome:
@@ -335,9 +337,8 @@ def test_search_ends_where_no_single_move_is_left(numbers: list[list[tuple[int, 
     reached = [assignment for assignment in asked if total(ladders, assignment)[1] <= allowed]
     best = min(reached, key=lambda assignment: total(ladders, assignment)[0])
     cost, _ = total(ladders, best)
-    for group, options in enumerate(ladders):
-        for option in options:
-            other = (*best[:group], option.candidate, *best[group + 1 :])
+    for other in itertools.product(*([option.candidate for option in options] for options in ladders)):
+        if sum(one != two for one, two in zip(other, best, strict=True)) <= 2:
             other_cost, damage = total(ladders, other)
             assert other_cost >= cost or damage > allowed
 
@@ -393,6 +394,21 @@ def test_set_of_moves_that_misses_the_target_is_halved() -> None:
 
     Search(ladders, try_out).run()
     assert found["cheap", "float", "cheap", "float"].reached
+
+
+def test_group_is_made_dearer_where_another_one_then_saves_more() -> None:
+    """By prices the first group goes first, and the second one's step is too much beside it."""
+    ladders = [ladder([Option("float", 10, 0), Option("cheap", cost, damage)]) for cost, damage in ((6, 1), (1, 3))]
+    found: dict[tuple[str, ...], Outcome] = {}
+
+    def try_out(assignment: tuple[str, ...]) -> Outcome:
+        cost, damage = total(ladders, assignment)
+        found[assignment] = Outcome(damage <= 3, cost)
+        return found[assignment]
+
+    search = Search(ladders, try_out)
+    search.run()
+    assert search.prefix(1) == ("cheap", "float") and found["float", "cheap"].reached
 
 
 SAVED = ((10, 5), (40, 30), (2, 2), (30, 31))  # cost saved and damage; prices 0.5, 0.75, 1 and 1.03
