@@ -11,6 +11,7 @@ from fxquant.errors import ConfigError
 from fxquant.graph.passes import Contract, Pass
 from fxquant.graph.program import Program, Stage
 from fxquant.graph.rewriter import Rewriter
+from fxquant.reconstruction.gain import gain_text
 from fxquant.reconstruction.gptq import GptqOptions, gptq
 from fxquant.reconstruction.kept import KeptLayers
 from fxquant.reconstruction.product import squared_errors
@@ -94,17 +95,31 @@ class Gptq(Pass):
                 kept.put(layer.node.name, found)
             signal, before, after = found["errors"].tolist()
             if not after < before:
-                reason = "nothing is better than rounding to nearest"
-                rewriter.miss(layer.node, f"{layer.node.name} left as it is: {reason}")
+                rewriter.miss(layer.node, f"{layer.node.name} left as it is: {_why_nearest(found)}")
                 continue
             fix_codes(program, rewriter, layer, found["codes"].to(measured.weight.device))
             note_gain(rewriter, measured, signal, before, after)
 
     def _round(self, measured: MeasuredLayer) -> dict[str, torch.Tensor]:
-        """Codes, and the sums of squares of the output, its error on nearest codes, and on these."""
+        """Codes, and the sums of squares of the output, its error on nearest codes, and on these.
+
+        Where samples that were held back decided for the nearest codes: the sums there, with GPTQ's codes at the end.
+        """
         (moment, held_back), matrix = measured.moments(self.check_every), measured.matrix
         options = GptqOptions(self.damping, self.block_size, self.act_order)
         found = gptq(matrix, moment, measured.grid(), options, held_back)
         sums = [part.sum() for part in (squared_errors(matrix, moment), found.nearest, found.chosen)]
         codes = measured.product.weight(found.codes, measured.weight)
-        return {"codes": codes.contiguous().cpu(), "errors": torch.stack(sums).cpu()}
+        kept = {"codes": codes.contiguous().cpu(), "errors": torch.stack(sums).cpu()}
+        if found.refused is not None and held_back is not None:
+            kept["held_back"] = torch.stack([squared_errors(matrix, held_back).sum(), *found.refused]).cpu()
+        return kept
+
+
+def _why_nearest(found: dict[str, torch.Tensor]) -> str:
+    """Why a layer is left, by what was kept of it."""
+    if "held_back" not in found:
+        return "nothing is better than rounding to nearest"
+    signal, nearest, chosen = found["held_back"].tolist()
+    errors = gain_text(signal, nearest, chosen)
+    return f"on the samples that were held back, rounding to nearest is better: {errors} (nearest -> gptq)"

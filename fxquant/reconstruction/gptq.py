@@ -64,11 +64,19 @@ class GptqOptions:
 
 @dataclass(frozen=True, eq=False)
 class Rounded:
-    """Codes (int32, the matrix's shape), and the squared output error of each channel, nearest and as chosen."""
+    """What was found for a weight's matrix.
+
+    Arguments:
+        codes: int32, the matrix's shape.
+        nearest, chosen: the squared output error of each channel, with the nearest codes and with these.
+        refused: where rows that were held back decided for the nearest codes, the squared output errors on these rows
+            (float64): with the nearest, and with GPTQ's codes on the other rows.
+    """
 
     codes: torch.Tensor
     nearest: torch.Tensor
     chosen: torch.Tensor
+    refused: torch.Tensor | None = None
 
 
 def gptq(
@@ -91,18 +99,19 @@ def gptq(
     """
     wide = weight.detach().double()
     plain = grid.steps(wide)
-    found = _feed_back(wide, moment, grid, options)
+    found, refused = _feed_back(wide, moment, grid, options), None
     if held_back is not None:
         on_found, on_plain = (squared_errors(grid.real(steps) - wide, held_back) for steps in (found, plain))
         difference = on_found - on_plain
         moment += held_back
         is_worse = float(difference.sum()) > deviation(difference)
+        refused = torch.stack([on_plain.sum(), on_found.sum()]) if is_worse else None
         found = plain if is_worse else _feed_back(wide, moment, grid, options)
     nearest = squared_errors(grid.real(plain) - wide, moment)
     errors = squared_errors(grid.real(found) - wide, moment)
     is_better = errors < nearest
     steps = torch.where(is_better.unsqueeze(-1), found, plain)
-    return Rounded(grid.codes(steps), nearest, torch.where(is_better, errors, nearest))
+    return Rounded(grid.codes(steps), nearest, torch.where(is_better, errors, nearest), refused)
 
 
 def _feed_back(weight: torch.Tensor, moment: torch.Tensor, grid: MatrixGrid, options: GptqOptions) -> torch.Tensor:

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from fxquant.calibration import calibrate
+from fxquant.capture import capture
 from fxquant.graph.manager import PassManager
 from fxquant.graph.pass_data import PassData, float_twin
+from fxquant.graph.pipeline import load_pipeline
 from fxquant.graph.program import Program
 from fxquant.numerics.fake_quant import Mode
 from fxquant.passes import CorrectBias, FoldBatchNorm
@@ -23,7 +26,7 @@ from fxquant.passes.moments import Moments
 from fxquant.passes.value_moments import value_moments
 from tests.helpers import run_pass
 from tests.passes.harness import captured, reasons
-from tests.passes.test_correct_bias import calibrated, correct, mean_errors
+from tests.passes.test_correct_bias import BITS, calibrated, correct, mean_errors
 
 ANALYTIC = CorrectBias(method=Method.ANALYTIC)
 Z = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
@@ -152,6 +155,24 @@ def test_expected_error_at_borders_leaves_out_the_taps_that_padding_reads() -> N
     run_pass(ANALYTIC, program)
     after = mean_errors(weights_alone(program), float_twin(reference), data)["_2"]
     assert float(before.abs().max()) > 1e-2 and float(after.abs().max()) < 1e-5
+
+
+def test_borders_do_not_count_where_the_size_of_the_image_is_not_known() -> None:
+    data, biases = [torch.randn(2, 3, 6, 6)], []
+    size = {2: torch.export.Dim("height", min=4, max=64), 3: torch.export.Dim("width", min=4, max=64)}
+    for padding, dynamic in ((1, (size,)), (0, None)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3, padding=padding))
+        assert isinstance(model[1], nn.BatchNorm2d)
+        nn.init.normal_(model[1].bias)
+        program = capture(model.eval(), (data[0],), dynamic_shapes=dynamic)
+        load_pipeline("int8_per_tensor").override(weight=BITS).prepare(program)
+        calibrate(program, data, progress=False)
+        before = program.module.get_parameter("2.bias").clone()
+        run_pass(ANALYTIC, program)
+        biases.append(program.module.get_parameter("2.bias") - before)
+    assert float(biases[0].detach().abs().max()) > 1e-3
+    torch.testing.assert_close(biases[0], biases[1])
 
 
 def test_twice_is_once_and_measured_corrections_are_replaced() -> None:

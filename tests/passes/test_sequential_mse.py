@@ -23,6 +23,7 @@ from fxquant.numerics.fake_quant import FakeQuant, Mode
 from fxquant.passes import Gptq, SequentialMse
 from fxquant.passes.layer_products import MeasuredLayer
 from fxquant.passes.quantized_layers import quantized_layers
+from fxquant.reconstruction.grid_search import Candidates, Choice, Errors
 from fxquant.spec import Granularity, SpecOverride
 from tests.helpers import assert_golden, run_pass
 from tests.passes.harness import reasons
@@ -52,6 +53,23 @@ def test_scale_of_each_channel_is_the_brute_force_minimum_on_the_quantized_input
     chosen = weight_quantizers(program)["two_weight"].scale
     assert torch.allclose(output_error(x, weight, chosen), errors.amin(0), rtol=1e-4)
     assert not torch.allclose(chosen, widest)
+
+
+def test_candidates_are_all_parts_of_the_extremes_behind_the_grid_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, seen = calibrated(), []
+    weight = program.module.get_parameter("two.weight").detach()
+    before = weight_quantizers(program)["two_weight"].scale.flatten().clone()
+    original = pass_file.choose_by_row
+
+    def watching(found: Candidates, errors_of: Errors) -> Choice:
+        seen.append(found.scales)
+        return original(found, errors_of)
+
+    monkeypatch.setattr(pass_file, "choose_by_row", watching)
+    run(SequentialMse(candidates=5), program)
+    widest = weight.abs().amax((1, 2, 3)) / 7
+    expected = torch.stack([before, *(widest * (index / 5) for index in (5, 4, 3, 2, 1))])
+    assert torch.allclose(seen[1], expected, rtol=1e-5)  # of the second layer
 
 
 @given(bits=st.integers(2, 8), per_tensor=st.booleans(), candidates=st.integers(1, 12))

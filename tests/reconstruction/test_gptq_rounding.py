@@ -69,6 +69,26 @@ def test_codes_are_the_nearest_when_no_two_inputs_are_correlated(act_order: bool
     assert torch.equal(found.codes, grid.codes(grid.steps(weight)))
 
 
+@given(columns=st.integers(2, 9), groups=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_act_order_is_a_plain_loop_over_columns_of_falling_power(columns: int, groups: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(groups, 3, columns, generator=generator)
+    power = torch.logspace(0, 2, columns, dtype=torch.float64)[torch.randperm(columns, generator=generator)]
+    moment = correlated(columns, 20, seed, groups) * power[:, None] * power
+    grid = grid_of(weight)
+    order = sorted(range(columns), key=lambda column: -float(moment[:, column, column].sum()))
+    expected = []
+    for group in range(groups):
+        part = MatrixGrid(grid.scale[group, None][..., order], grid.zero_point[:1], grid.qmin, grid.qmax)
+        steps = by_plain_loop(weight[group][:, order], moment[group][order][:, order], part, 0.01)
+        expected.append(steps[:, torch.argsort(torch.tensor(order))])
+    errors = squared_errors(grid.real(torch.stack(expected)) - weight, moment)
+    plain = squared_errors(grid.real(grid.steps(weight)) - weight, moment)
+    codes = torch.where((errors < plain)[..., None], torch.stack(expected), grid.steps(weight))
+    assert torch.equal(gptq(weight, moment, grid, GptqOptions(act_order=True)).codes.double(), codes)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 def test_error_is_less_than_half_of_the_nearest_on_correlated_inputs(act_order: bool) -> None:
     weight = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(1))
@@ -124,7 +144,11 @@ def test_nearest_is_kept_where_few_rows_say_nothing_of_others() -> None:
     assert not torch.equal(fooled, nearest)
     others = [squared_errors(codes * grid.scale - weight[None], moment_of(x[20:])).sum() for codes in (fooled, nearest)]
     assert others[0] > others[1]  # rounding that fits 20 rows hurts on 380 others
-    assert torch.equal(gptq(weight[None], moment, grid, options, held_back).codes, nearest)
+    on_rest = gptq(weight[None], moment.clone(), grid, options).codes
+    kept = gptq(weight[None], moment, grid, options, held_back)
+    assert torch.equal(kept.codes, nearest)
+    on_held = [squared_errors(codes * grid.scale - weight[None], held_back).sum() for codes in (nearest, on_rest)]
+    assert kept.refused is not None and torch.allclose(kept.refused, torch.stack(on_held), rtol=1e-5)
 
 
 def test_rows_held_back_count_where_they_agree() -> None:
@@ -134,6 +158,7 @@ def test_rows_held_back_count_where_they_agree() -> None:
     expected = gptq(weight, both, grid, GptqOptions())
     found = gptq(weight, moment, grid, GptqOptions(), held_back)
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.chosen, expected.chosen)
+    assert found.refused is None
     assert not torch.equal(found.codes, grid.codes(grid.steps(weight)))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxquant.errors import FxquantError
 from fxquant.graph.pipeline import load_pipeline
-from fxquant.reconstruction import Settings, Unit, collect, reconstruct
+from fxquant.reconstruction import Settings, Unit, collect, learn, reconstruct
 from fxquant.reconstruction.samples import Samples
 from fxquant.spec import SpecOverride
 from tests.reconstruction.layers import Bench, bench, correlated
@@ -90,6 +90,35 @@ def test_loss_falls_and_weights_end_hard() -> None:
     found = reconstruct(case.program, case.unit, case.samples, replace(FAST, early_stop=False))
     assert found.iterations == 250 and found.curve[0][0] == 0 and found.curve[-1][0] == 249
     assert found.curve[-1][1] < 0.1 * found.curve[0][1]
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.01])
+def test_gradient_is_the_slope_of_the_loss(regularization: float) -> None:
+    case = convolution()
+    every = Settings(iterations=10, batch_size=case.samples.count, regularization=regularization)
+    learner = learn._Learner(case.program, case.unit, case.samples, every)
+    (item,) = learner.roundings.values()
+    learner._step(4.0, wants_loss=False)
+    assert item.alpha.grad is not None
+    slope, start = item.alpha.grad.clone(), item.alpha.clone()
+    losses = []
+    for way in (-1e-2, 1e-2):
+        item.alpha.copy_(start + way * slope / slope.norm())
+        losses.append(learner._step(4.0, wants_loss=True))
+    assert losses[0] is not None and losses[1] is not None
+    assert (losses[1] - losses[0]) / 2e-2 == pytest.approx(float(slope.norm()), rel=2e-2)
+
+
+def test_loss_is_summed_over_channels_and_averaged_over_all_else() -> None:
+    case = convolution()
+    every = Settings(iterations=1, batch_size=case.samples.count, regularization=0.0)
+    learner = learn._Learner(case.program, case.unit, case.samples, every)
+    inputs, target = case.samples.of(slice(None))
+    weights = {node: item.weight() for node, item in learner.roundings.items()}
+    error = learner._output(learner.segment, inputs, weights, target) - target
+    assert len({*error.shape[1:]}) == 2  # channels are none of the other sizes
+    loss = reconstruct(case.program, case.unit, case.samples, every, progress=False).curve[0][1]
+    assert loss == pytest.approx(float(error.detach().square().sum(1).mean()), rel=1e-4)
 
 
 def test_early_stop_ends_with_the_same_codes() -> None:
@@ -217,3 +246,13 @@ def test_errors_are_those_of_all_samples_and_those_held_back() -> None:
     alone = reconstruct(case.program, case.unit, held, settings, progress=False)
     assert found.check[0] == pytest.approx(alone.nearest_error, rel=1e-6)
     assert found.check[0] != found.nearest_error > found.learned_error
+
+
+def test_output_of_another_shape_than_the_target_is_refused_by_unit() -> None:
+    case = convolution()  # such targets broadcast: nothing but the shape tells
+    samples = replace(case.samples, targets=case.samples.targets[..., :1])
+    with pytest.raises(FxquantError, match=f"reconstruction of '{case.unit.name}'") as caught:
+        reconstruct(case.program, case.unit, samples, FAST, progress=False)
+    height = samples.targets.shape[2]
+    assert caught.value.expected == f"an output of shape (32, 12, {height}, 1), as in the float program"
+    assert caught.value.got == f"(32, 12, {height}, {height})"
