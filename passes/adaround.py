@@ -30,7 +30,8 @@ class AdaRound(LearnsRounding):
        Either way the weight lies on its grid, which is frozen.
 
     4. A convolution with a larger output than `positions` is compared at so many positions of each sample, drawn once:
-       neighbours say nearly the same, and a step costs as much on the first maps as on the last.
+       neighbours say nearly the same, and a step costs as much on the first maps as on the last. A depthwise one is
+       compared everywhere if the windows of so many positions hold more numbers than its input.
 
     Declines, with the reason: what `quantized_layers` declines; a layer whose inputs and outputs have no common number
     of samples along axis 0, or sizes that differ from batch to batch. Contract: QUANTIZES.

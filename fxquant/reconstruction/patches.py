@@ -30,6 +30,14 @@ def has_patches(node: fx.Node) -> bool:
     return node.target in (CONVOLUTION, PADDED_CONVOLUTION) and not bool(argument(node, "transposed"))
 
 
+def is_dearer(weight: torch.Tensor, x: torch.Tensor, count: int) -> bool:
+    """Whether `count` patches cost more than the map `x`: those of a depthwise layer that hold more numbers than it.
+
+    Each channel of a patch serves a single product there; elsewhere the products of all output channels decide.
+    """
+    return weight.shape[1] == 1 and count * weight.shape[2:].numel() > x.shape[2:].numel()
+
+
 def draw_positions(count: int, shape: torch.Size, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
     """`count` different positions for each sample of a map of `shape` [samples, channels, *spatial].
 

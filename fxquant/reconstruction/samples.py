@@ -21,7 +21,7 @@ from fxquant.graph.batches import Batch
 from fxquant.graph.frontier import StagedWalk
 from fxquant.graph.program import Program, describe
 from fxquant.graph.segment import Segment
-from fxquant.reconstruction.patches import PatchSegment, draw_positions, has_patches, outputs_at, patches_at
+from fxquant.reconstruction.patches import PatchSegment, draw_positions, has_patches, is_dearer, outputs_at, patches_at
 from fxquant.reconstruction.units import Unit, weight_of
 
 MEGABYTE = 2**20
@@ -190,8 +190,10 @@ def _at_positions(
     if count is None or target.ndim < 3 or not has_patches(unit.layer) or target.shape[2:].numel() <= count:
         return row, 1
     (source,) = unit.inputs
-    positions = draw_positions(count, target.shape, generator)
     weight = weight_of(program, unit.weights[0])
+    if is_dearer(weight, row[source.name], count):
+        return row, 1
+    positions = draw_positions(count, target.shape, generator)
     found = {source.name: patches_at(unit.layer, row[source.name], weight, positions)}
     return {**found, _TARGET: outputs_at(target, positions)}, count
 

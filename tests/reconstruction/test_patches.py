@@ -77,9 +77,9 @@ def test_transposed_convolutions_have_none() -> None:
 
 
 class Small(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, groups: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.conv = nn.Conv2d(3, 6, 3, stride=2, padding=1, groups=groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.relu(self.conv(x))
@@ -88,9 +88,9 @@ class Small(nn.Module):
 BATCHES = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 
 
-def collected(positions: int | None, cache_mb: int = 64, seed: int = 0) -> tuple[Program, Samples]:
+def collected(positions: int | None, cache_mb: int = 64, seed: int = 0, groups: int = 1) -> tuple[Program, Samples]:
     torch.manual_seed(0)
-    program = fxquant.capture(Small().eval(), BATCHES[0])
+    program = fxquant.capture(Small(groups).eval(), BATCHES[0])
     load_pipeline("int8_per_channel").prepare(program)
     fxquant.calibrate(program, BATCHES)
     (layer,) = quantized_layers(program)
@@ -120,6 +120,12 @@ def test_samples_are_patches_where_the_output_is_larger() -> None:
 def test_samples_are_whole_maps_where_all_positions_count(positions: int | None) -> None:
     _, found = collected(positions)
     assert (found.each, found.count) == (1, 12) and found.targets.shape == (12, 6, 8, 8)
+
+
+@pytest.mark.parametrize(("positions", "each"), [(28, 28), (29, 1)])
+def test_depthwise_layer_has_patches_while_they_hold_less_than_its_input(positions: int, each: int) -> None:
+    _, found = collected(positions, groups=3)
+    assert found.each == each  # 28 windows of 9 hold less than 16 x 16
 
 
 def test_positions_are_those_of_the_seed() -> None:
