@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxquant.errors import CalibrationError, ConfigError, FxquantError, StorageError
+from fxquant.errors import CalibrationError, ConfigError, FxquantError, ScoreError, StorageError
 from fxquant.graph.program import Program
 from fxquant.graph.storage import load_program
 from fxquant.parity import check_parity
@@ -319,7 +319,7 @@ def test_seed_that_is_none_is_refused(seed: Any) -> None:
 
 
 def test_score_that_is_not_finite_is_refused() -> None:
-    text = refused(FxquantError, evaluate=lambda model: float("nan"))
+    text = refused(ScoreError, evaluate=lambda model: float("nan"))
     assert text.startswith("train_qat: score after epoch 1; expected a finite number; got nan. ")
 
 
