@@ -38,17 +38,22 @@ class PassData:
     reference: Program | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.batches, (Iterator, torch.Tensor)):
-            raise PassError(
-                "batches of passes",
-                expected="what can be iterated anew for each pass: a list, a DataLoader",
-                got=f"{type(self.batches).__name__}",
-                remedy="Put it in a list: list(batches), or [batch].",
-            )
+        require_repeatable(self.batches)
 
     def beginning_at(self, program: Program) -> PassData:
         """The same data, with `program` as it is now, all quantizers off, as the reference unless there is one."""
         return self if self.reference is not None else replace(self, reference=float_twin(program))
+
+
+def require_repeatable(batches: Iterable[Batch]) -> None:
+    """Raise PassError for batches that can be iterated only once, and for a bare tensor."""
+    if isinstance(batches, (Iterator, torch.Tensor)):
+        raise PassError(
+            "batches of passes",
+            expected="what can be iterated anew for each pass: a list, a DataLoader",
+            got=f"{type(batches).__name__}",
+            remedy="Put it in a list: list(batches), or [batch].",
+        )
 
 
 def float_twin(program: Program) -> Program:

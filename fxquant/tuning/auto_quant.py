@@ -21,7 +21,7 @@ from fxquant.capture import capture
 from fxquant.errors import ConfigError
 from fxquant.evaluation import Evaluate, EvaluatedOn, name_of, require_evaluated_on
 from fxquant.graph.batches import Batch, batches_digest
-from fxquant.graph.pass_data import PassData
+from fxquant.graph.pass_data import require_repeatable
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.training.seeding import plain_seed
 from fxquant.trials import TrialLog
@@ -83,7 +83,7 @@ def auto_quantize(
     """
     check_target(target, THING)
     require_evaluated_on(evaluate_on, THING)
-    PassData(batches)
+    require_repeatable(batches)
     seed = plain_seed(seed, THING)
     chosen = _checked_steps(default_steps(iterations, seed) if steps is None else steps, steps, iterations)
     files = AutoQuantFiles(None if folder is None else Path(folder))

@@ -25,7 +25,7 @@ from fxquant.errors import ConfigError, nearest
 from fxquant.evaluation import Evaluate, EvaluatedOn, name_of, require_evaluated_on
 from fxquant.files import write_text
 from fxquant.graph.batches import Batch, batches_digest
-from fxquant.graph.pass_data import PassData
+from fxquant.graph.pass_data import require_repeatable
 from fxquant.graph.pipeline import Pipeline, load_pipeline
 from fxquant.schedule import plain_integer
 from fxquant.training.seeding import plain_seed
@@ -103,7 +103,7 @@ def tune_precision(
             raise ConfigError(f"{THING}: {name}", expected="a whole number of 1 or more", got=repr(count))
     place = _folder(folder, resume, overwrite)
     wanted, seed = chosen_candidates(candidates), plain_seed(seed, THING)
-    PassData(batches)
+    require_repeatable(batches)
     measured = _first(batches, sensitivity_batches)
     start = config if isinstance(config, Pipeline) else load_pipeline(config)
     captured = capture(model, example_inputs)

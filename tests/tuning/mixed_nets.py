@@ -55,13 +55,17 @@ def pooled_net(octaves: int = 7) -> Pooled:
     """A net that was never trained, one of whose channels between wide and wild is 2^octaves times as large."""
     torch.manual_seed(0)
     net = Pooled()
-    factor = 2.0**octaves
-    with torch.no_grad():
-        assert net.wide.bias is not None
-        net.wide.weight[0] *= factor
-        net.wide.bias[0] *= factor
-        net.wild.weight[:, 0] /= factor
+    _widen(net.wide, net.wild, 2.0**octaves)
     return net.eval()
+
+
+def _widen(layer: nn.Conv2d, reader: nn.Conv2d, factor: float) -> None:
+    """Make a layer's first channel so many times as large, and what reads it through a relu as much less."""
+    with torch.no_grad():
+        assert layer.bias is not None
+        layer.weight[0] *= factor
+        layer.bias[0] *= factor
+        reader.weight[:, 0] /= factor
 
 
 @cache
@@ -82,12 +86,7 @@ def wild_net(octaves: int = 7) -> Wild:
     """A trained net, one of whose channels between conv2 and conv3 is 2^octaves times as large; the same function."""
     net = Wild()
     net.load_state_dict(_trained())
-    factor = 2.0**octaves
-    with torch.no_grad():
-        assert net.conv2.bias is not None
-        net.conv2.weight[0] *= factor
-        net.conv2.bias[0] *= factor
-        net.conv3.weight[:, 0] /= factor
+    _widen(net.conv2, net.conv3, 2.0**octaves)
     return net.eval()
 
 
